@@ -1,0 +1,13 @@
+"""What every language-model command needs, once: load a model, cut text, mask, score, time it."""
+
+from weightshare._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "load": ["LanguageModel", "load_model", "model_path"],
+        "text": ["Splits", "Windows", "pad", "read_documents", "split_documents", "windows"],
+        "losses": ["distillation_loss", "hidden_mse", "next_token_loss"],
+        "score": ["Score", "compare", "evaluate", "evaluating"],
+    },
+)
