@@ -6,7 +6,15 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "load": ["LanguageModel", "load_model", "model_path"],
-        "text": ["Splits", "Windows", "pad", "read_documents", "split_documents", "windows"],
+        "text": [
+            "Splits",
+            "Windows",
+            "encode",
+            "pad",
+            "read_documents",
+            "split_documents",
+            "windows",
+        ],
         "losses": ["distillation_loss", "hidden_mse", "next_token_loss"],
         "score": ["Score", "compare", "evaluate", "evaluating"],
     },

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weightshare.errors import UserError
 from weightshare.language.losses import next_token_loss
 from weightshare.language.text import Windows
+from weightshare.sharing.preserve import preserved
 
 LOGIT_ELEMENTS = 2**28
 """Most logits held at once (1 GB in float32); larger batches are cut."""
@@ -94,17 +95,11 @@ def compare(one: Score, other: Score) -> tuple[float, float]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: eval mode, no gradients. After: every module's mode, the random streams and
-    autograd's state as they were, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Inside: eval mode, no gradients. After: every module's mode and buffers, the random streams
+    and autograd's state as they were, also after an exception."""
+    with preserved(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def _ratio_stderr(sums: Tensor, counts: Tensor) -> float:

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from weightshare.data.stdlib import SEPARATOR
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SEPARATOR = "\n\n\f\n\n"
-"""Between two documents of a text file: a line with a form feed, blank lines around it."""
 
 IGNORED = -100
 """The label of a position that is no target (the convention of torch and transformers)."""
