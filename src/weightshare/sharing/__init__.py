@@ -7,6 +7,10 @@ __getattr__, __dir__, __all__ = attach(
     {
         "uses": ["SharedWeight", "Use", "View", "find_shared", "tie", "untie"],
         "sizes": ["Size", "size"],
-        "grouping": ["contiguous"],
+        "aliases": ["PerUse", "displaced", "per_use", "use"],
+        "gradients": ["accumulate", "all_reduce", "by_tensor", "task_gradients", "user_gradients"],
+        "sketch": ["CountSketch"],
+        "agreement": ["Gram", "Stable", "mean_agreement", "opposed"],
+        "grouping": ["Partition", "contiguous", "partition"],
     },
 )

@@ -1,0 +1,380 @@
+"""Do the users of a weight agree? The Gram matrix of their gradients, and what follows from it.
+
+For users i, j of a tensor and batches b, b' of one context c,
+
+    M[b i, b' j] = ⟨g_i^b, g_j^b'⟩
+
+Everything else is read off M. With *contexts* (what the rest of a model does: the other choices of
+a path; for a fixed model there is one) of n batches each:
+
+    paper       mean over (c, b) of  M[b i, b j] / √(M[b i, b i] M[b j, b j])       mean of cosines
+    debiased    Î_ij = Σ_c Σ_{b≠b'∈c} M[b i, b' j] / (n (n-1)),   cos = Î_ij / √(Î_ii Î_jj)
+
+Users that share a batch share its noise, which lifts the paper's mean; users with batches of their
+own lower it. Distinct batches share nothing, so the debiased estimate has neither fault. It is
+debiased inside a context and summed over contexts: across contexts it would cancel real conflict.
+"""
+
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from weightshare.errors import UserError
+from weightshare.sharing.ghost import Factors
+from weightshare.sharing.gradients import Kept
+
+Estimate = Literal["debiased", "paper"]
+
+
+@dataclass
+class Context:
+    """One context of one tensor: M ``(n, K, n, K)`` float64 and who used it in which batch."""
+
+    products: Tensor
+    used: Tensor  # (n, K) bool
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def within(self) -> Tensor:
+        """``(n, K, K)``: products of users on the same batch."""
+        n = len(self)
+        return self.products[torch.arange(n), :, torch.arange(n)]
+
+    def across(self) -> tuple[Tensor, Tensor]:
+        """Sum of products over pairs of distinct batches, and the number of pairs: ``(K, K)``."""
+        used = self.used.double()
+        counts = used.sum(0)
+        pairs = counts[:, None] * counts - used.T @ used
+        return self.products.sum((0, 2)) - self.within().sum(0), pairs
+
+    def take(self, batches: Tensor) -> "Context":
+        return Context(self.products[batches][:, :, batches], self.used[batches])
+
+
+class Gram:
+    """Inner products of the users' gradients: one block per tensor, with a mask of who used it.
+
+    ``update`` takes the gradients of one batch, ``close`` ends a context. Products are accumulated
+    in float64, so that gradients of any scale give the same cosines. A user without a gradient, or
+    whose gradient is zero, is masked: its cosines are NaN, never a number.
+
+    Rows are kept until the context closes: n·K gradients (or sketches) of each tensor.
+
+    Args:
+        labels: the K users, in the order of the matrices' rows. ``update`` finds a user's gradient
+            under its label.
+    """
+
+    def __init__(self, labels: Iterable[Hashable]) -> None:
+        self.labels = tuple(labels)
+        if len(set(self.labels)) != len(self.labels):
+            raise UserError("two users have the same label; give each its own.")
+        self.blocks: dict[str, list[Context]] = {}
+        self._lengths: list[int] = []  # batches of the closed contexts
+        self._rows: dict[str, list[list[Kept | None]]] = {}
+        self._open: dict[str, Context] = {}
+
+    def update(self, gradients: Mapping[str, Mapping[Hashable, Kept]]) -> "Gram":
+        """Add one batch, ``gradients[tensor][user]``; returns itself."""
+        names = dict.fromkeys([*self.blocks, *self._rows, *gradients])
+        done = max(map(len, self._rows.values()), default=0)
+        for name in names:
+            # A tensor first met now was not used before.
+            if name not in self.blocks:
+                self.blocks[name] = [self._unused(n) for n in self._lengths]
+            while len(self._rows.setdefault(name, [])) < done:
+                self._append(name, [None] * len(self.labels))
+            found = gradients.get(name, {})
+            self._append(name, [found.get(label) for label in self.labels])
+        return self
+
+    def _unused(self, n: int) -> Context:
+        k = len(self.labels)
+        return Context(
+            torch.zeros(n, k, n, k, dtype=torch.float64), torch.zeros(n, k, dtype=torch.bool)
+        )
+
+    def _append(self, name: str, new: list[Kept | None]) -> None:
+        rows, k = self._rows[name], len(self.labels)
+        rows.append(new)
+        n = len(rows)
+        column = inner_products([row for batch in rows for row in batch], new).view(n, k, k)
+        column[-1] = (column[-1] + column[-1].T) / 2  # symmetric to the last bit
+        products = torch.zeros(n, k, n, k, dtype=torch.float64)
+        used = torch.zeros(n, k, dtype=torch.bool)
+        if n > 1:
+            products[:-1, :, :-1] = self._open[name].products
+            used[:-1] = self._open[name].used
+        products[:, :, -1] = column
+        products[-1] = column.permute(2, 0, 1)
+        used[-1] = products[-1, :, -1].diagonal() > 0
+        self._open[name] = Context(products, used)
+
+    def close(self) -> "Gram":
+        """End the context: its rows are dropped, the next ``update`` begins another."""
+        if self._open:
+            self._lengths.append(len(next(iter(self._open.values()))))
+        for name, context in self._open.items():
+            self.blocks[name].append(context)
+        self._rows, self._open = {}, {}
+        return self
+
+    # Reading ------------------------------------------------------------------------------------
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(self.blocks)
+
+    def select(self, tensors: Collection[str]) -> "Gram":
+        """The same measurement on some of the tensors: one layer, one matrix."""
+        part = Gram(self.labels)
+        for name in self.tensors:
+            if name in tensors:
+                part.blocks[name] = self._contexts(name)
+        return part
+
+    def contexts(self) -> list[Context]:
+        """The total over tensors, per context: over those that all unmasked users used.
+
+        A sum over each pair's own tensors would not be a Gram matrix (it can be indefinite).
+        """
+        return [_total(blocks) for blocks in zip(*map(self._contexts, self.tensors), strict=True)]
+
+    def _contexts(self, name: str) -> list[Context]:
+        return [*self.blocks.get(name, []), *([self._open[name]] if name in self._open else [])]
+
+    def products(self, estimate: Estimate = "debiased") -> Tensor:
+        """Estimated inner products of the users' mean gradients, ``(K, K)``: a mean over contexts.
+
+        "paper" takes them on common batches: positive semidefinite, noise included.
+        """
+        total = torch.zeros(len(self.labels), len(self.labels), dtype=torch.float64)
+        seen = torch.zeros_like(total)
+        for context in self.contexts():
+            if estimate == "paper":
+                used = context.used.double()
+                value, pairs = context.within().sum(0), used.T @ used
+            else:
+                value, pairs = context.across()
+            total += torch.where(pairs > 0, value / pairs.clamp(min=1), 0.0)
+            seen += pairs > 0
+        if estimate == "debiased" and not (seen > 0).any():
+            raise UserError(
+                "the debiased estimate compares distinct batches, but every context has one; "
+                "update() with at least two batches before close()."
+            )
+        return torch.where(seen > 0, total / seen.clamp(min=1), torch.nan)
+
+    def cosine(self, pairwise: bool = False) -> Tensor:
+        """The paper's mean of cosines, ``(K, K)`` in [-1, 1]; NaN where a pair never met.
+
+        ``pairwise`` compares each pair on the tensors that this pair used, as the paper does; it is
+        for the paper's objective only.
+        """
+        if pairwise:
+            return _nanmean([c for b in self._batchwise() for c in b])
+        return _nanmean([c for context in self.contexts() for c in _cosines(context)])
+
+    def debiased(self) -> Tensor:
+        """The debiased cosine, ``(K, K)``; NaN where a squared norm is not above zero.
+
+        Not bounded by ±1 and not positive semidefinite: the price of no bias.
+        """
+        return normalised(self.products("debiased"))
+
+    def similarity(self, estimate: Estimate = "debiased") -> Tensor:
+        return self.debiased() if estimate == "debiased" else self.cosine()
+
+    def distance(self, estimate: Estimate = "debiased", unit: bool = True) -> Tensor:
+        """``D_ij = ½‖g_i - g_j‖²`` for :func:`~weightshare.sharing.partition`, ``(K, K)``.
+
+        Of unit gradients (``1 - cosine``: how much users disagree) or, with ``unit=False``, of the
+        gradients themselves (what separate weights would gain at first order).
+        """
+        if unit:
+            return 1 - self.similarity(estimate)
+        products = self.products(estimate)
+        square = products.diagonal()
+        return (square[:, None] + square) / 2 - products
+
+    def norms(self, estimate: Estimate = "debiased") -> Tensor:
+        """Norm of each user's mean gradient, ``(K,)``; NaN where its square is not above zero."""
+        square = self.products(estimate).diagonal()
+        return torch.where(square > 0, square.clamp(min=0).sqrt(), torch.nan)
+
+    def conflict_rate(self) -> Tensor:
+        """Share of batches on which two users pull apart (cosine < 0), ``(K, K)``."""
+        cosines = [c for context in self.contexts() for c in _cosines(context)]
+        return _nanmean([torch.where(c.isnan(), c, (c < 0).double()) for c in cosines])
+
+    def _batchwise(self) -> Iterable[list[Tensor]]:
+        """Cosines per batch, each pair on the tensors that both of its users used."""
+        for blocks in zip(*map(self._contexts, self.tensors), strict=True):
+            n, k = blocks[0].used.shape
+            top, left = torch.zeros(2, n, k, k, dtype=torch.float64)
+            for block in blocks:
+                both = (block.used[:, :, None] & block.used[:, None]).double()
+                within = block.within()
+                top += both * within
+                left += both * within.diagonal(dim1=1, dim2=2)[:, :, None]
+            scale = (left * left.mT).sqrt()
+            yield [torch.where(s > 0, t / s, torch.nan) for t, s in zip(top, scale, strict=True)]
+
+    # Resampling ---------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> int:
+        """What the jackknife leaves out: contexts where there are several, else batches."""
+        contexts = self.contexts()
+        return len(contexts) if len(contexts) > 1 else len(contexts[0])
+
+    def without(self, unit: int) -> "Gram":
+        """The measurement without one context, or without one batch of the only context."""
+        several = len(self._contexts(self.tensors[0])) > 1
+        part = Gram(self.labels)
+        for name in self.tensors:
+            contexts = self._contexts(name)
+            if several:
+                part.blocks[name] = contexts[:unit] + contexts[unit + 1 :]
+            else:
+                n = len(contexts[0])
+                rest = torch.tensor([b for b in range(n) if b != unit], dtype=torch.long)
+                part.blocks[name] = [contexts[0].take(rest)]
+        return part
+
+    def permuted(self, generator: torch.Generator) -> "Gram":
+        """Labels permuted independently in each (context, batch): what agreement chance gives."""
+        part = Gram(self.labels)
+        orders = [
+            torch.stack([torch.randperm(len(self.labels), generator=generator) for _ in c.used])
+            for c in self._contexts(self.tensors[0])
+        ]
+        for name in self.tensors:
+            part.blocks[name] = [
+                Context(_relabelled(c.products, order), c.used.gather(1, order))
+                for c, order in zip(self._contexts(name), orders, strict=True)
+            ]
+        return part
+
+    def jackknife(self, statistic: Callable[["Gram"], Tensor]) -> Tensor:
+        """Standard error of any statistic of the measurement, elementwise."""
+        n = self.units
+        if n < 2:
+            raise UserError("an interval needs at least two contexts, or one of two batches.")
+        left_out = torch.stack([torch.as_tensor(statistic(self.without(u))) for u in range(n)])
+        return (left_out - left_out.mean(0)).square().sum(0).mul((n - 1) / n).sqrt()
+
+    def interval(
+        self, level: float = 0.95, estimate: Estimate = "debiased"
+    ) -> tuple[Tensor, Tensor]:
+        """Jackknife interval of the cosines: two ``(K, K)`` matrices, lower and upper.
+
+        A Student-t interval around the estimate; NaN where a leave-one-out cosine is undefined.
+        """
+        from scipy.stats import t
+
+        centre = self.similarity(estimate)
+        reach = float(t.ppf(0.5 + level / 2, self.units - 1))
+        error = self.jackknife(lambda gram: gram.similarity(estimate))
+        return centre - reach * error, centre + reach * error
+
+
+class Stable:
+    """Whether a decision has come out the same ``patience`` times in a row.
+
+    For stopping early: ``if stable.update(decision(gram)): break``.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience = patience
+        self._last: Hashable = object()
+        self._run = 0
+
+    def update(self, decision: Hashable) -> bool:
+        self._run = self._run + 1 if decision == self._last else 1
+        self._last = decision
+        return self._run >= self.patience
+
+
+def inner_products(rows: Sequence[Kept | None], new: Sequence[Kept | None]) -> Tensor:
+    """``⟨row_i, new_j⟩``, ``(len(rows), len(new))`` float64 on the CPU; zero where one is None."""
+    result = torch.zeros(len(rows), len(new), dtype=torch.float64)
+    left = [i for i, row in enumerate(rows) if row is not None]
+    right = [j for j, row in enumerate(new) if row is not None]
+    if not left or not right:
+        return result
+    ours, theirs = [rows[i] for i in left], [new[j] for j in right]
+    if any(isinstance(row, Factors) for row in [*ours, *theirs]):
+        values = torch.stack([torch.stack([a.inner(b) for b in theirs]) for a in ours])  # type: ignore[union-attr, arg-type]
+    else:
+        values = _chunked([a.reshape(-1) for a in ours], [b.reshape(-1) for b in theirs])  # type: ignore[union-attr]
+    result[torch.tensor(left)[:, None], torch.tensor(right)] = values.cpu().double()
+    return result
+
+
+def _chunked(ours: list[Tensor], theirs: list[Tensor], entries: int = 2**22) -> Tensor:
+    """Products in double precision without a double copy of whole gradients."""
+    step = max(1, entries // (len(ours) + len(theirs)))
+    values = torch.zeros(len(ours), len(theirs), dtype=torch.float64, device=ours[0].device)
+    for start in range(0, len(ours[0]), step):
+        a = torch.stack([row[start : start + step].double() for row in ours])
+        b = torch.stack([row[start : start + step].double() for row in theirs])
+        values += a @ b.T
+    return values
+
+
+def normalised(products: Tensor) -> Tensor:
+    """Cosines of a Gram matrix; NaN where a squared norm is not above zero."""
+    square = products.diagonal()
+    scale = torch.where(square > 0, square.clamp(min=0).sqrt(), torch.nan)
+    return products / scale[:, None] / scale
+
+
+def _total(blocks: Sequence[Context]) -> Context:
+    users = torch.stack([block.used.any(0) for block in blocks])  # (tensors, K)
+    alive = users.any(0)
+    common = [b for b, who in zip(blocks, users, strict=True) if bool(who[alive].all())]
+    if not common or not bool(alive.any()):
+        empty = torch.zeros_like(blocks[0].products)
+        return Context(empty, torch.zeros_like(blocks[0].used))
+    products = torch.stack([block.products for block in common]).sum(0)
+    return Context(products, torch.stack([block.used for block in common]).any(0))
+
+
+def _cosines(context: Context) -> Tensor:
+    """``(n, K, K)`` cosines on common batches."""
+    within = context.within()
+    norms = within.diagonal(dim1=1, dim2=2).sqrt()
+    scale = norms[:, :, None] * norms[:, None]
+    return torch.where(scale > 0, (within / scale).clamp(-1, 1), torch.nan)
+
+
+def _relabelled(products: Tensor, order: Tensor) -> Tensor:
+    n, k = order.shape
+    flat = (torch.arange(n)[:, None] * k + order).reshape(-1)
+    return products.reshape(n * k, n * k)[flat][:, flat].view(n, k, n, k)
+
+
+def _nanmean(matrices: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(matrices)).nanmean(0)
+
+
+def opposed(similarity: Tensor) -> tuple[int, int] | None:
+    """The pair of users with the lowest cosine; None where no pair is defined."""
+    k = len(similarity)
+    upper = torch.triu(torch.ones(k, k, dtype=torch.bool), 1) & ~similarity.isnan()
+    if not upper.any():
+        return None
+    at = int(torch.where(upper, similarity, math.inf).argmin())
+    return at // k, at % k
+
+
+def mean_agreement(similarity: Tensor) -> float:
+    """Mean cosine over pairs of distinct users, undefined pairs left out."""
+    off = similarity[~torch.eye(len(similarity), dtype=torch.bool)]
+    return float(off.nanmean())
