@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from weightshare.errors import UserError
-from weightshare.training.streams import mix
+from weightshare.training.randomness import mix
 from weightshare.training.trees import map_tensors
 
 

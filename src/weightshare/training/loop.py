@@ -18,8 +18,8 @@ from weightshare.training.config import LoopConfig
 from weightshare.training.interrupt import Interrupt
 from weightshare.training.phase import RunLike
 from weightshare.training.place import Place
+from weightshare.training.randomness import reseed, same_streams_after
 from weightshare.training.state import State, join, part
-from weightshare.training.streams import reseed, same_streams_after
 from weightshare.training.update import Update, copy_into
 
 

@@ -12,9 +12,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from weightshare.errors import UserError
 from weightshare.training import optimizer_state
 from weightshare.training.config import LoopConfig
+from weightshare.training.learning_rate import schedule as schedule_of
 from weightshare.training.losses import Losses, Term, count_of, positive, total
 from weightshare.training.place import Place
-from weightshare.training.schedule import schedule as schedule_of
 from weightshare.training.state import State, join, part
 from weightshare.training.trees import split, to_device
 
