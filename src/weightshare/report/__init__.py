@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "codecs": ["JSON", "TENSORS", "Codec"],
         "memo": ["Memo"],
         "store": ["read_json", "read_lines", "recover", "replacing", "write_json"],
-        "redact": ["redact", "redact_arguments", "redact_text"],
+        "redaction": ["redact", "redact_arguments", "redact_options", "redact_text"],
         "page": ["index", "render", "write_report"],
         "figures": [],
     },

@@ -33,10 +33,15 @@ class _Tensors:
     suffix = ".safetensors"
 
     def write(self, path: Path, value: Any) -> None:
+        import torch
         from safetensors.torch import save_file
 
-        # The format refuses tensors that share memory, and views write their whole storage.
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in value.items()}, path)
+        # The format refuses tensors that share memory or are not contiguous.
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in value.items()
+        }
+        save_file(own, path)
 
     def read(self, path: Path) -> Any:
         from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import weightshare
-from weightshare.report.redact import redact_arguments
+from weightshare.report.redaction import redact_arguments
 
 # fmt: off
 _PACKAGES = (

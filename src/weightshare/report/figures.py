@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#3b82c9", "#d9701f", "#16967a", "#c2569b", "#8f6fd1", "#a8851a", "#7b8794")
-"""Series colours: 3:1 or more against a white and a near-black page, apart for colour-blind eyes."""
+"""Series colours: at least 3:1 against white and near-black pages, apart for colour-blind eyes."""
 
 GREY = "#858d97"
 """Axis lines and whatever should recede, on any page."""
@@ -327,10 +327,9 @@ def strip(
 
 def svg(figure: "Figure") -> str:
     """Return ``figure`` as an SVG element: theme colours, tooltips, the same bytes each time."""
-    import matplotlib as mpl
-
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "weightshare"}):
+    # The style again, because matplotlib makes tick labels only now.
+    with house_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK[1:].partition("}")[0])
@@ -340,12 +339,14 @@ def svg(figure: "Figure") -> str:
     _tips_to_titles(root)
     _inherit(root)
     text = ET.tostring(root, encoding="unicode")
-    return text.replace(_INK, "currentColor") + "\n"
+    return re.sub(f'(?<=[ :"])(?:{_INK}|#000000)\\b', "currentColor", text) + "\n"
 
 
-def scoped(text: str, prefix: str) -> str:
-    """Return an SVG with ``prefix`` on its identifiers, so that several can stand in one page."""
+def scoped(text: str, prefix: str, label: str = "") -> str:
+    """Return an SVG ready to stand in a page with others: prefixed identifiers, a spoken label."""
     root = ET.fromstring(text)
+    root.set("role", "img")
+    root.set("aria-label", label)
     for element in root.iter():
         if "id" in element.attrib:
             element.set("id", prefix + element.attrib["id"])
@@ -379,8 +380,13 @@ def _figure(size: tuple[float, float]) -> "tuple[Figure, Axes]":
 
 
 def _label(axes: "Axes", x: str, y: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if max(map(abs, limits)) >= 1e5:
+            axis.set_major_formatter(EngFormatter())
 
 
 def _legend(axes: "Axes") -> None:
@@ -424,6 +430,7 @@ def _cells(
 
     height, width = array.shape
     numbers = width <= 12 and height <= 16 if numbers is None else numbers
+    small = max(map(abs, limits)) < 10
     colors = (
         LinearSegmentedColormap.from_list("sides", [PALETTE[1], "#e6e6e3", PALETTE[0]])
         if diverging
@@ -443,7 +450,15 @@ def _cells(
             if not math.isfinite(value):
                 continue
             red, green, blue, _ = colors(scale(value))
-            cell = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=(red, green, blue), linewidth=0)
+            # The outline closes the seams through which the page would shine.
+            cell = Rectangle(
+                (j - 0.5, i - 0.5),
+                1,
+                1,
+                facecolor=(red, green, blue),
+                edgecolor=(red, green, blue),
+                linewidth=0.5,
+            )
             axes.add_patch(cell)
             tip = f"{rows[i]}, {columns[j]}: {show(value)}"
             tooltip(cell, tip)
@@ -452,7 +467,7 @@ def _cells(
                 text = axes.text(
                     j,
                     i,
-                    f"{value:.2g}" if abs(value) < 100 else show(value),
+                    f"{value:.2f}" if small else show(value),
                     ha="center",
                     va="center",
                     fontsize=8.5,
@@ -506,5 +521,6 @@ def _inherit(root: ET.Element) -> None:
         if not len(defs):
             root.remove(defs)
     root.set("style", f"stroke-linejoin: round; stroke-linecap: butt; font-family: {_FONT}")
-    for element in root.iter(f"{{{_SVG}}}text"):
-        element.set("style", re.sub(r"font-family: [^;]*;? ?", "", element.get("style", "")))
+    for text in root.iter(f"{{{_SVG}}}text"):
+        rule = re.sub(r"font-family: [^;]*;? ?", "", text.get("style", ""))
+        text.set("style", rule if "fill:" in rule else f"fill: currentColor; {rule}")

@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 import weightshare
 from weightshare.report import figures, store
-from weightshare.report.redact import redact
+from weightshare.report.redaction import redact
 
 _STANDARD = {"command", "version", "seed", "seconds", "device", "finished", "stopped_by"}
-_MOST_KEYS, _MOST_CURVES = 6, 8
+_MOST_KEYS, _MOST_CURVES, _MOST_ROWS = 6, 8, 500
 
 
 def write_report(path: Path) -> Path:
@@ -157,7 +157,7 @@ def _block(path: Path, entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         drawing = (path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
         return {
             "kind": "figure",
-            "svg": Markup(figures.scoped(drawing, f"{prefix}{name}-")),
+            "svg": Markup(figures.scoped(drawing, f"{prefix}{name}-", entry["caption"])),
             "caption": entry["caption"],
             "wide": entry["wide"],
         }
@@ -172,12 +172,14 @@ def _block(path: Path, entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> dict[str, Any]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = {name: _column([row.get(name, "") for row in rows]) for name in names}
+    shown = rows[:_MOST_ROWS]
+    names = list(dict.fromkeys(name for row in shown for name in row))
+    cells = {name: _column([row.get(name, "") for row in shown]) for name in names}
     return {
         "caption": caption,
-        "columns": [{"name": _words(name), "number": cells[name][1]} for name in names],
-        "rows": [[cells[name][0][number] for name in names] for number in range(len(rows))],
+        "columns": [{"name": _words(name), "kind": _kind(*cells[name])} for name in names],
+        "rows": [[cells[name][0][number] for name in names] for number in range(len(shown))],
+        "left_out": len(rows) - len(shown),
     }
 
 
@@ -198,6 +200,12 @@ def _column(values: Sequence[Any]) -> tuple[list[str], bool]:
     ], True
 
 
+def _kind(cells: Sequence[str], number: bool) -> str:
+    """Say how a column sets its cells: numbers to the right, short words unbroken, prose roomy."""
+    longest = max(map(len, cells), default=0)
+    return "number" if number else "short" if longest <= 20 else "long" if longest > 40 else ""
+
+
 def _curves(metrics: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
     """Draw each logged scalar over the steps."""
     series: dict[str, tuple[list[float], list[float]]] = {}
@@ -208,10 +216,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str,
                 xs.append(row["step"])
                 ys.append(value)
     drawn: list[dict[str, Any]] = []
-    for name, (xs, ys) in list(series.items())[:_MOST_CURVES]:
-        if len(xs) > 2:
+    for name, (xs, ys) in series.items():
+        if len(xs) > 2 and len(drawn) < _MOST_CURVES:
             figure = figures.lines({name: (xs, ys)}, x="step", size=(5.6, 2.7))
-            drawing = figures.scoped(figures.svg(figure), f"{prefix}curve{len(drawn)}-")
+            drawing = figures.scoped(figures.svg(figure), f"{prefix}curve{len(drawn)}-", name)
             drawn.append({"name": _words(name), "svg": Markup(drawing)})
     return drawn
 

@@ -17,7 +17,8 @@ from weightshare.report import store
 from weightshare.report.codecs import JSON, Codec
 from weightshare.report.environment import best_device, environment
 from weightshare.report.memo import Memo
-from weightshare.report.redact import redact
+from weightshare.report.page import write_report
+from weightshare.report.redaction import redact, redact_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 HARMLESS = frozenset({"out", "resume", "dry_run", "log_with", "progress", "quiet", "verbose"})
 """Options that may change when a run is resumed, because no result depends on them."""
 
+_FOLDERS = ("stages", "tables", "figures", "texts", "checkpoints")
+_LOCK = ".lock"
 _SAVE_SECONDS = 10.0  # how much of `seconds.total` a killed run may lose
 
 
@@ -34,13 +37,15 @@ class Run:
     ``path`` is the folder, ``path / "checkpoints"`` is ``checkpoints``. Everything is written to a
     temporary name and renamed, but for ``metrics.jsonl`` and memos, which grow by a line. Leaving
     the block without an exception marks the run finished and writes ``report.html``; an exception
-    passes through unchanged and leaves ``finished: false`` with its name in ``summary.json``.
+    passes through unchanged, and summary and report say ``unfinished`` and its name.
+    ``resumed`` tells whether an earlier session was found. One process opens a run: of several
+    ranks, the first.
     """
 
-    def __init__(self, path: Path, summary: dict[str, Any], lock: BinaryIO):
+    def __init__(self, path: Path, summary: dict[str, Any], lock: BinaryIO, resumed: bool):
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.resumed = bool(summary.pop("resumed"))
+        self.resumed = resumed
         self._summary = summary
         self._lock = lock
         self._earlier = float(summary["seconds"]["total"])
@@ -71,25 +76,26 @@ class Run:
         process, holds a run and ``resume`` is false, or holds another run than the one resumed.
         """
         path = Path(path)
-        options = redact(store.plain(config))
+        options = redact_options(store.plain(config))
         lock = _claim(path)
         try:
-            store.recover(path)
-            old = _existing(path)
+            file = path / "summary.json"
+            old = store.read_json(file) if file.exists() else {}
             if old:
                 _check_resumable(path, old, command, options, resume, HARMLESS | set(harmless))
-            for folder in ("stages", "tables", "figures", "texts", "checkpoints"):
+            store.recover(path)
+            for folder in _FOLDERS:
                 (path / folder).mkdir(exist_ok=True)
                 store.recover(path / folder)
             # A report of an earlier session must not outlive a failure of this one.
             (path / "report.html").unlink(missing_ok=True)
             store.cut_half_line(path / "metrics.jsonl")
-            run = cls(path, {**_first_summary(options, command), **old}, lock)
+            run = cls(path, {**_first_summary(options, command), **old}, lock, bool(old))
             run._summary.pop("stopped_by", None)
             run._summary |= {"finished": False, "version": weightshare.__version__}
             run._write_summary()
             store.write_text(path / "config.yaml", _yaml(options))
-            store.write_json(path / "environment.json", redact(store.plain(environment())))
+            store.write_json(path / "environment.json", redact_options(store.plain(environment())))
         except BaseException:
             lock.close()
             raise
@@ -113,8 +119,8 @@ class Run:
 
     def rows(self, name: str, rows: Iterable[Mapping[str, Any]], caption: str = "") -> None:
         """Keep a table (one mapping a row, columns in order of appearance) for the report."""
-        table = {"caption": caption, "rows": redact(store.plain(list(rows)))}
-        store.write_json(self._file("tables", name, ".json"), table)
+        table = {"caption": caption, "rows": store.plain(list(rows))}
+        store.write_json(self._file("tables", name, ".json"), redact(table))
         self._show("table", name)
 
     def stage(self, name: str, compute: Callable[[], Any], codec: Codec = JSON) -> Any:
@@ -133,7 +139,10 @@ class Run:
         return codec.read(path)
 
     def memo(self, name: str) -> Memo:
-        """Return a store of results by key in which a kill costs at most the one in progress."""
+        """Return a store of results by key, of which a kill loses at most the one in progress.
+
+        ``memo(key, compute)`` inside a stage keeps the pieces of a long ranking.
+        """
         return Memo(self._file("stages", name, ".memo.jsonl"))
 
     def save(self, name: str, writer: Callable[[Path], object]) -> Path:
@@ -163,7 +172,7 @@ class Run:
 
     def key(self, label: str, value: Any, note: str = "") -> None:
         """Put a key figure at the head of the report: ``run.key("saved", "36 %", "of 134 M")``."""
-        self._show("key", label, value=redact(store.plain(value)), note=redact(note))
+        self._show("key", redact(label), value=redact(store.plain(value)), note=redact(note))
 
     def summary(self, **values: Any) -> dict[str, Any]:
         """Merge nested ``values`` into ``summary.json`` and return a copy of the whole."""
@@ -189,8 +198,6 @@ class Run:
             self._lock.close()
 
     def _finish(self) -> None:
-        from weightshare.report.page import write_report
-
         try:
             self._summary["finished"] = True
             self._write_summary()
@@ -204,6 +211,7 @@ class Run:
         # The exception on its way out is the one to see.
         with suppress(Exception):
             self._write_summary()
+            write_report(self.path)
 
     def _write_summary(self) -> None:
         self._saved = time.monotonic()
@@ -235,7 +243,8 @@ def _claim(path: Path) -> BinaryIO:
     try:
         with store.room(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock = (path / ".lock").open("ab")
+            _refuse_foreign(path)
+            lock = (path / _LOCK).open("ab")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({(error.strerror or str(error)).lower()}); "
@@ -258,18 +267,16 @@ def _claim(path: Path) -> BinaryIO:
     return lock
 
 
-def _existing(path: Path) -> dict[str, Any]:
-    """Return the summary of the run at ``path``, empty when there is none."""
+def _refuse_foreign(path: Path) -> None:
+    """Accept an empty folder, a run, and what a process killed while opening one leaves behind."""
     if (path / "summary.json").exists():
-        return dict(store.read_json(path / "summary.json"), resumed=True)
-    # A process killed while opening leaves at most its empty folders and the lock.
-    if any(not entry.is_dir() and entry.name != ".lock" for entry in path.iterdir()) or any(
-        any(entry.iterdir()) for entry in path.iterdir() if entry.is_dir()
-    ):
-        raise UserError(
-            f"{path} holds other files and no run; choose an empty or new folder with --out."
-        )
-    return {}
+        return
+    for entry in path.iterdir():
+        empty = entry.name in _FOLDERS and entry.is_dir() and not any(entry.iterdir())
+        if not empty and entry.name not in {_LOCK, ".new.summary.json"}:
+            raise UserError(
+                f"{path} holds other files and no run; choose an empty or new folder with --out."
+            )
 
 
 def _check_resumable(
@@ -319,7 +326,6 @@ def _first_summary(options: dict[str, Any], command: str) -> dict[str, Any]:
         "device": device if isinstance(device, str) and device != "auto" else best_device(),
         "seconds": {"total": 0.0},
         "finished": False,
-        "resumed": False,
     }
 
 

@@ -50,23 +50,30 @@ def secret_name(name: str) -> bool:
     return last in {"key", "keys"} and (not before or bool(_KEY_OF.fullmatch(owner)))
 
 
-def redact(value: Any, name: str = "") -> Any:
-    """Return JSON-like ``value`` with the secrets inside it replaced by ``[removed]``.
+def redact(value: Any) -> Any:
+    """Apply :func:`redact_text` to every text in JSON-like ``value``."""
+    if isinstance(value, dict):
+        return {redact_text(key): redact(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
 
-    A value goes when its name says that it is a secret; a text loses what looks like one
-    (:func:`redact_text`). Numbers under ``..._tokens`` or ``..._key`` are counts and stay.
+
+def redact_options(value: Any, name: str = "") -> Any:
+    """Redact a configuration: texts under a secret name go whole, whatever they look like.
+
+    Numbers stay: ``max_tokens`` is a count. Tables and samples take :func:`redact` instead, where
+    ``token`` is a word of a language.
     """
     if isinstance(value, dict):
         hidden = bool(name) and secret_name(name)
         return {
-            redact_text(key): REMOVED if hidden else redact(item, key)
+            redact_text(key): REMOVED if hidden else redact_options(item, key)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [redact(item, name) for item in value]
-    if isinstance(value, str):
-        return REMOVED if value and name and secret_name(name) else redact_text(value)
-    return value
+        return [redact_options(item, name) for item in value]
+    return REMOVED if isinstance(value, str) and value and secret_name(name) else redact(value)
 
 
 def redact_text(text: str) -> str:
