@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "gradients": ["accumulate", "all_reduce", "by_tensor", "task_gradients", "user_gradients"],
         "sketch": ["CountSketch"],
         "agreement": ["Gram", "Stable", "mean_agreement", "opposed"],
+        "importance": ["Importance", "Joint", "joint", "linear_mix", "mix_for_ess"],
         "grouping": ["Partition", "contiguous", "partition"],
     },
 )

@@ -96,6 +96,7 @@ def partition(
     Raises:
         UserError: when ``distance`` is not a symmetric matrix or has fewer users than groups.
     """
+    check_square(distance)
     defined = _defined(distance)
     d = checked(distance[defined][:, defined])
     k = len(d)
@@ -257,8 +258,6 @@ def _as_groups(labels: Sequence[int]) -> list[list[int]]:
 
 def _defined(distance: Tensor) -> list[int]:
     """Users to reckon with: the most undefined is left out until every pair is defined."""
-    if distance.ndim != 2 or distance.shape[0] != distance.shape[1]:
-        return list(range(len(distance)))  # checked() says what is wrong
     off = ~torch.eye(len(distance), dtype=torch.bool)
     missing = distance.detach().cpu().isnan() & off
     kept = list(range(len(distance)))
@@ -326,12 +325,16 @@ def _runs(
     return result
 
 
-def checked(distance: Tensor) -> Tensor:
-    """``distance`` in double precision on the CPU, after the checks every public function makes."""
+def check_square(distance: Tensor) -> None:
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or not len(distance):
         raise UserError(
             f"the distance matrix has shape {tuple(distance.shape)}; it must be square, (K, K)."
         )
+
+
+def checked(distance: Tensor) -> Tensor:
+    """``distance`` in double precision on the CPU, after the checks every public function makes."""
+    check_square(distance)
     d = distance.detach().to("cpu", torch.float64, copy=True)
     d.fill_diagonal_(0)
     if not torch.isfinite(d).all():
