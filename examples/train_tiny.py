@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     add("--vocabulary", type=int, default=2048)
     add("--width", type=int, default=128)
     add("--blocks", type=int, default=12)
-    add("--init", type=float, default=0.02, help="standard deviation of the first weights")
+    add("--init", type=float, default=0.06, help="standard deviation of the first weights")
     add("--dropout", type=float, default=0.0, help="of the attention weights")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
