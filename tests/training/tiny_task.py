@@ -35,12 +35,13 @@ class TwoCounts(Tokens):
     """A second term with another unit (examples), its own weight, and a metric of weight 0."""
 
     def forward(self, batch: dict[str, Tensor]) -> Losses:
-        hidden = self.net(self.frozen(batch["inputs"])).mean(1)
-        labelled = (batch["labels"] != -100).any(1)
-        size = (hidden.square().sum(1) * labelled).sum()
+        logits = self.net(self.frozen(batch["inputs"]))
+        labelled = batch["labels"] != -100
+        size = (logits.mean(1).square().sum(1) * labelled.any(1)).sum()
+        correct = ((logits.argmax(-1) == batch["labels"]) & labelled).sum()
         return super().forward(batch) | {
-            "size": Term(size, int(labelled.sum()), weight=0.3),
-            "longest": Term((batch["labels"] != -100).sum(1).max(), 1, weight=0.0),
+            "size": Term(size, int(labelled.any(1).sum()), weight=0.3),
+            "accuracy": Term(correct, labelled.sum(), weight=0.0),
         }
 
 
