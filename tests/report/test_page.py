@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from weightshare.report import Run, figures, index, render
-from weightshare.report.page import _column, duration
+from weightshare.report.page import _column
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
 
@@ -158,17 +158,3 @@ def test_metrics_become_curves_and_those_without_numbers_do_not(tmp_path):
     assert "Metrics by step" in text
     assert 'aria-label="loss"' in text
     assert 'aria-label="skipped"' not in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.84, "0.8 s"),
-        (41.7, "42 s"),
-        (59.7, "1 min 00 s"),
-        (192, "3 min 12 s"),
-        (18120, "5 h 02 min"),
-    ],
-)
-def test_times_are_written_for_a_person(seconds, text):
-    assert duration(seconds) == text

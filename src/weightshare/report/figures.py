@@ -2,91 +2,38 @@
 
 They are drawn on nothing, with text and axes in the colour of the page around them, so that one SVG
 suits a light page, a dark page and paper. Names and values appear as tooltips, without JavaScript.
+For a figure of your own, draw it inside :func:`house_style` and give its parts a :func:`tooltip`.
 """
 
-import io
 import math
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightshare.report.style import GREY, INK, PALETTE, STATES, house_style
+from weightshare.report.svg import svg, tooltip
+from weightshare.report.wording import show
+
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = ("#3b82c9", "#d9701f", "#16967a", "#c2569b", "#8f6fd1", "#a8851a", "#7b8794")
-"""Series colours: at least 3:1 against white and near-black pages, apart for colour-blind eyes."""
+__all__ = [
+    "GREY",
+    "PALETTE",
+    "STATES",
+    "bars",
+    "heatmap",
+    "house_style",
+    "lines",
+    "scatter",
+    "strip",
+    "svg",
+    "tooltip",
+]
 
-GREY = "#858d97"
-"""Axis lines and whatever should recede, on any page."""
-
-STATES = {"kept": PALETTE[0], "shared": PALETTE[1], "removed": GREY}
-"""Colours of the usual states of a block; other states take the remaining palette in order."""
-
-_INK = "#010203"  # becomes currentColor in the SVG: no one would draw with it on purpose
 _MARKERS = "osD^vPX"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_TIP = "tip:"
 _MOST_TIPS, _MOST_CELLS = 60, 2500
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "{http://www.w3.org/1999/xlink}href"
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Set the house style for figures made inside; needed only for figures drawn by hand."""
-    import matplotlib as mpl
-    from cycler import cycler
-
-    with mpl.rc_context(
-        {
-            "axes.axisbelow": True,
-            "axes.edgecolor": GREY,
-            "axes.facecolor": "none",
-            "axes.grid": True,
-            "axes.labelcolor": _INK,
-            "axes.labelsize": 10,
-            "axes.linewidth": 0.8,
-            "axes.prop_cycle": cycler(color=PALETTE),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlecolor": _INK,
-            "axes.titlesize": 11,
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "none",
-            "font.family": ["sans-serif"],
-            "font.size": 10,
-            "grid.alpha": 0.28,
-            "grid.color": GREY,
-            "grid.linewidth": 0.7,
-            "legend.fontsize": 10,
-            "legend.frameon": False,
-            "legend.labelcolor": _INK,
-            "lines.linewidth": 1.8,
-            "savefig.facecolor": "none",
-            "svg.fonttype": "none",
-            "svg.hashsalt": "weightshare",
-            # Labels are data: "$" in a model's name is a dollar.
-            "text.parse_math": False,
-            "text.color": _INK,
-            "xtick.color": GREY,
-            "xtick.labelcolor": _INK,
-            "xtick.labelsize": 9.5,
-            "ytick.color": GREY,
-            "ytick.labelcolor": _INK,
-            "ytick.labelsize": 9.5,
-        }
-    ):
-        yield
-
-
-def tooltip(artist: "Artist", text: str) -> None:
-    """Show ``text`` when the pointer rests on ``artist``."""
-    artist.set_gid(_TIP + text)
 
 
 def lines(
@@ -145,7 +92,7 @@ def bars(
             low, high = (intervals or {}).get(name, (value, value))
             tooltip(bar, f"{name}: {show(value)}" + _interval(low, high))
             if high > low:
-                axes.plot([low, high], [row, row], color=_INK, linewidth=1.2, solid_capstyle="butt")
+                axes.plot([low, high], [row, row], color=INK, linewidth=1.2, solid_capstyle="butt")
             end = max(value, high) if value >= 0 else min(value, low)
             axes.annotate(
                 show(value),
@@ -162,7 +109,7 @@ def bars(
         axes.invert_yaxis()
         axes.margins(x=0.12)
         if reference:
-            rule = axes.axvline(reference[1], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+            rule = axes.axvline(reference[1], color=INK, linewidth=1, linestyle=(0, (3, 2)))
             tooltip(rule, f"{reference[0]}: {show(reference[1])}")
             axes.annotate(
                 reference[0],
@@ -314,7 +261,7 @@ def strip(
                 ha="center",
                 va="center",
                 fontsize=9.5 if per_line <= 16 else 8.5,
-                color=_INK if hollow else "#ffffff",
+                color=INK if hollow else "#ffffff",
                 alpha=0.7 if hollow else 1,
             )
             tooltip(text, tip[0] if tip else f"{label}: {state}")
@@ -323,53 +270,6 @@ def strip(
         if states:
             _legend(axes)
     return figure
-
-
-def svg(figure: "Figure") -> str:
-    """Return ``figure`` as an SVG element: theme colours, tooltips, the same bytes each time."""
-    buffer = io.BytesIO()
-    # The style again, because matplotlib makes tick labels only now.
-    with house_style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _XLINK[1:].partition("}")[0])
-    root = ET.fromstring(buffer.getvalue())
-    for metadata in root.findall(f"{{{_SVG}}}metadata"):
-        root.remove(metadata)
-    _tips_to_titles(root)
-    _inherit(root)
-    text = ET.tostring(root, encoding="unicode")
-    return re.sub(f'(?<=[ :"])(?:{_INK}|#000000)\\b', "currentColor", text) + "\n"
-
-
-def scoped(text: str, prefix: str, label: str = "") -> str:
-    """Return an SVG ready to stand in a page with others: prefixed identifiers, a spoken label."""
-    root = ET.fromstring(text)
-    root.set("role", "img")
-    root.set("aria-label", label)
-    for element in root.iter():
-        if "id" in element.attrib:
-            element.set("id", prefix + element.attrib["id"])
-        for name, value in element.attrib.items():
-            if name in {_XLINK, "href"} and value.startswith("#"):
-                element.set(name, "#" + prefix + value[1:])
-            elif "url(#" in value:
-                element.set(name, value.replace("url(#", f"url(#{prefix}"))
-    return ET.tostring(root, encoding="unicode")
-
-
-def show(value: float) -> str:
-    """Write a number for a person: four significant digits, thousands separated."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) >= 1e-3:
-        return f"{value:.4g}"
-    digits, _, exponent = f"{value:.2e}".partition("e")
-    return f"{digits}×10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def _figure(size: tuple[float, float]) -> "tuple[Figure, Axes]":
@@ -492,35 +392,3 @@ def _pair(px: float, py: float, x: str, y: str) -> str:
 
 def _interval(low: float, high: float) -> str:
     return f" ({show(low)} to {show(high)})" if high > low else ""
-
-
-def _tips_to_titles(root: ET.Element) -> None:
-    """Turn tooltip identifiers into <title> elements, and drop those that nothing refers to."""
-    used = {
-        name
-        for element in root.iter()
-        for key, value in element.attrib.items()
-        if key != "id"
-        for name in re.findall(r"(?:^|url\()#([^)]+)", value)
-    }
-    for element in root.iter():
-        name = element.get("id", "")
-        if name.startswith(_TIP):
-            title = ET.Element(f"{{{_SVG}}}title")
-            title.text = name.removeprefix(_TIP)
-            element.insert(0, title)
-        if name and name not in used:
-            del element.attrib["id"]
-
-
-def _inherit(root: ET.Element) -> None:
-    """Let the page set the font, and keep matplotlib's rule for all elements inside the figure."""
-    for defs in root.findall(f"{{{_SVG}}}defs"):
-        for style in defs.findall(f"{{{_SVG}}}style"):
-            defs.remove(style)
-        if not len(defs):
-            root.remove(defs)
-    root.set("style", f"stroke-linejoin: round; stroke-linecap: butt; font-family: {_FONT}")
-    for text in root.iter(f"{{{_SVG}}}text"):
-        rule = re.sub(r"font-family: [^;]*;? ?", "", text.get("style", ""))
-        text.set("style", rule if "fill:" in rule else f"fill: currentColor; {rule}")

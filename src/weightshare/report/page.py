@@ -1,7 +1,7 @@
 """The HTML page of a run, and one page for several: self-contained, no script, no network."""
 
-import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from markupsafe import Markup
 import weightshare
 from weightshare.report import figures, store
 from weightshare.report.redaction import redact
+from weightshare.report.svg import scoped, svg
+from weightshare.report.wording import duration, is_number, short, show, tell, words
 
 _STANDARD = {"command", "version", "seed", "seconds", "device", "finished", "stopped_by"}
 _MOST_KEYS, _MOST_CURVES, _MOST_ROWS = 6, 8, 500
@@ -66,18 +68,6 @@ def index(
     return Path(path)
 
 
-def duration(seconds: float) -> str:
-    """Write a time for a person: ``0.8 s``, ``42 s``, ``3 min 12 s``, ``5 h 02 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
-
-
 def _page(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("weightshare.report"),
@@ -86,8 +76,7 @@ def _page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["words"] = _words
-    environment.filters["show"] = _show
+    environment.filters["show"] = tell
     page = environment.get_template(template).render(version=weightshare.__version__, **values)
     return page.rstrip() + "\n"
 
@@ -110,7 +99,7 @@ def _section(path: Path, prefix: str, title: str = "") -> dict[str, Any]:
         "curves": _curves(store.read_lines(path / "metrics.jsonl"), prefix),
         "values": _flat({k: v for k, v in summary.items() if k not in _STANDARD}),
         "config": config.read_text(encoding="utf-8") if config.exists() else "",
-        "command_line": " ".join(machine.pop("command_line", [])),
+        "command_line": shlex.join(machine.pop("command_line", [])),
         "environment": _flat(machine),
     }
 
@@ -127,25 +116,23 @@ def _keys(
         results = {name: value for name, value in summary.items() if name not in _STANDARD}
         chosen = _pairs(results)[:_MOST_KEYS]
     for key in chosen:
-        number = isinstance(key["value"], int | float) and not isinstance(key["value"], bool)
-        key["exact"] = figures.show(key["value"]) if number else ""
-        key["value"] = _short(key["value"]) if number else _show(key["value"])
+        number = is_number(key["value"])
+        key["exact"] = show(key["value"]) if number else ""
+        key["value"] = short(key["value"]) if number else tell(key["value"])
     return chosen
 
 
 def _pairs(values: Mapping[str, Any], name: str = "") -> list[dict[str, Any]]:
     """Numbers of a summary as key figures; an "after" stands with its "before"."""
     found: list[dict[str, Any]] = []
-    before = values.get("before")
     for part, value in values.items():
-        label = f"{name} {_words(part)}".strip()
+        label = f"{name} {words(part)}".strip()
         if isinstance(value, Mapping):
             found += _pairs(value, label)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if part == "before" and "after" in values:
-                continue
-            if part == "after" and isinstance(before, int | float):
-                found.append({"label": name, "value": value, "note": f"{_short(before)} before"})
+        elif is_number(value) and not (part == "before" and "after" in values):
+            if part == "after" and is_number(values.get("before")):
+                note = f"{short(values['before'])} before"
+                found.append({"label": name, "value": value, "note": note})
             else:
                 found.append({"label": label, "value": value, "note": ""})
     return found
@@ -157,13 +144,13 @@ def _block(path: Path, entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         drawing = (path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
         return {
             "kind": "figure",
-            "svg": Markup(figures.scoped(drawing, f"{prefix}{name}-", entry["caption"])),
+            "svg": Markup(scoped(drawing, f"{prefix}{name}-", entry["caption"])),
             "caption": entry["caption"],
             "wide": entry["wide"],
         }
     if kind == "table":
         table = store.read_json(path / "tables" / f"{name}.json")
-        return {"kind": "table", **_table(table["rows"], table["caption"] or _words(name))}
+        return {"kind": "table", **_table(table["rows"], table["caption"] or words(name))}
     text = store.read_json(path / "texts" / f"{name}.json")
     content = text["content"]
     samples = content if isinstance(content, list) else []
@@ -177,7 +164,7 @@ def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> dict[str, Any]:
     cells = {name: _column([row.get(name, "") for row in shown]) for name in names}
     return {
         "caption": caption,
-        "columns": [{"name": _words(name), "kind": _kind(*cells[name])} for name in names],
+        "columns": [{"name": words(name), "kind": _kind(*cells[name])} for name in names],
         "rows": [[cells[name][0][number] for name in names] for number in range(len(shown))],
         "left_out": len(rows) - len(shown),
     }
@@ -185,19 +172,16 @@ def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> dict[str, Any]:
 
 def _column(values: Sequence[Any]) -> tuple[list[str], bool]:
     """Format a column: numbers get the same count of decimals, so that they line up."""
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = [v for v in values if is_number(v)]
     blank = [v for v in values if v is None or v in ("", "NaN", "Infinity", "-Infinity")]
     if not numbers or len(numbers) + len(blank) < len(values):
-        return [_show(value) for value in values], False
+        return [tell(value) for value in values], False
     sizes = [abs(v) for v in numbers if v]
     spread = max(sizes) / min(sizes) if sizes else 1.0
     if all(isinstance(v, int) for v in numbers) or spread > 1e5 or max(sizes, default=1) < 1e-3:
-        return [_show(value) for value in values], True
+        return [tell(value) for value in values], True
     decimals = min(max(3 - math.floor(math.log10(max(sizes, default=1))), 0), 6)
-    return [
-        f"{value:,.{decimals}f}" if isinstance(value, int | float) else _show(value)
-        for value in values
-    ], True
+    return [f"{value:,.{decimals}f}" if is_number(value) else tell(value) for value in values], True
 
 
 def _kind(cells: Sequence[str], number: bool) -> str:
@@ -211,7 +195,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str,
     series: dict[str, tuple[list[float], list[float]]] = {}
     for row in metrics:
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            if name != "step" and is_number(value):
                 xs, ys = series.setdefault(name, ([], []))
                 xs.append(row["step"])
                 ys.append(value)
@@ -219,8 +203,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str,
     for name, (xs, ys) in series.items():
         if len(xs) > 2 and len(drawn) < _MOST_CURVES:
             figure = figures.lines({name: (xs, ys)}, x="step", size=(5.6, 2.7))
-            drawing = figures.scoped(figures.svg(figure), f"{prefix}curve{len(drawn)}-", name)
-            drawn.append({"name": _words(name), "svg": Markup(drawing)})
+            drawing = scoped(svg(figure), f"{prefix}curve{len(drawn)}-", name)
+            drawn.append({"name": words(name), "svg": Markup(drawing)})
     return drawn
 
 
@@ -244,30 +228,4 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
             for key, item in value.items()
             for pair in _flat(item, f"{name}.{key}" if name else str(key))
         ]
-    return [(name, _show(value))] if name else []
-
-
-def _short(value: float) -> str:
-    """Write a number in at most five characters and a unit: ``134.5 M``."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}\N{NO-BREAK SPACE}{unit}"
-    return figures.show(value)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return figures.show(value)
-    if isinstance(value, list):
-        return ", ".join(map(_show, value)) if value else "none"
-    if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").strip()
+    return [(name, tell(value))] if name else []

@@ -154,7 +154,7 @@ class Run:
 
     def figure(self, name: str, figure: "Figure", caption: str = "") -> None:
         """Keep a matplotlib figure as ``figures/NAME.svg`` and show it in the report."""
-        from weightshare.report.figures import svg
+        from weightshare.report.svg import svg
 
         store.write_text(self._file("figures", name, ".svg"), redact(svg(figure)))
         width, _ = figure.get_size_inches()
