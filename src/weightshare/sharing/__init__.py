@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = attach(
         "agreement": ["Gram", "Stable", "mean_agreement", "opposed"],
         "importance": ["Importance", "Joint", "joint", "linear_mix", "mix_for_ess"],
         "grouping": ["Partition", "contiguous", "partition"],
+        "splitting": ["Split", "split"],
     },
 )

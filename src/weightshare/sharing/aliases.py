@@ -17,11 +17,16 @@ from weightshare.sharing.uses import Use, View, find_uses
 
 
 class PerUse:
-    """What :func:`per_use` yields: the uses seen so far, and their gradients after a backward."""
+    """What :func:`per_use` yields: the uses seen so far, and their gradients after a backward.
+
+    ``seen`` lists the uses of each parameter in the order of the forward, ``calls`` how often each
+    module ran in the last forward.
+    """
 
     def __init__(self, names: Mapping[nn.Parameter, str], keep: Keep | None, factors: bool) -> None:
         self.names = names
         self.seen: dict[str, list[Use]] = {name: [] for name in names.values()}
+        self.calls: dict[str, int] = {}
         self._keep = keep
         self._factors = factors
         self._received: Gradients[Use] = {}
@@ -222,8 +227,10 @@ class _Aliasing(TorchFunctionMode):
         if module is self.model and not self.running:  # a new forward: calls count from 0 again
             self.calls.clear()
             self.aliases.clear()
+            self.record.calls.clear()
         self.running.append((module, self.calls[module]))
         self.calls[module] += 1
+        self.record.calls[self.paths[module]] = self.calls[module]
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if not recomputing() and self.running:
