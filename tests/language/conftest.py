@@ -3,12 +3,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TEXT = (
-    "The weights of a network can serve more than one use. A tied embedding is the oldest example;\n"
-    "naïve users — and their gradients — may disagree: ∇L₁ ≠ ∇L₂, 日本語 and 🙂 are several bytes.\n"
-    "\n"
-    "Count bytes, not characters, when two tokenizers are compared with each other.\n"
-)
+TEXT = """\
+The weights of a network can serve more than one use. A tied embedding is the oldest example;
+naïve users — and their gradients — may disagree: ∇L₁ ≠ ∇L₂, 日本語 and 🙂 are several bytes.
+
+Count bytes, not characters, when two tokenizers are compared with each other.
+"""
+
+
+@pytest.fixture(scope="session")
+def text():
+    return TEXT
 
 
 @pytest.fixture(scope="session")
