@@ -24,11 +24,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from weightshare.language import (
     encode,
@@ -38,11 +40,22 @@ from weightshare.language import (
     read_documents,
     windows,
 )
-from weightshare.training import Captured, GradientUpdate, Loop, LoopConfig, Task, Term
-from weightshare.training.place import Place
-from weightshare.training.schedule import schedule
+from weightshare.training import (
+    Captured,
+    GradientUpdate,
+    Loop,
+    LoopConfig,
+    Place,
+    Task,
+    Term,
+    schedule,
+)
 
 END = "<|endoftext|>"
+
+# Plain causal attention under a name that has no mask function: for "sdpa" transformers searches
+# every batch for packed sequences, which waits for the device, and loses the fast kernel in a graph.
+AttentionInterface.register("causal", sdpa_attention_forward)
 
 
 def main() -> None:
@@ -162,6 +175,7 @@ def build(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> Ll
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation("causal")
     with torch.no_grad():  # GPT-2: what is added to the residual starts smaller in deep models
         for layer in model.model.layers:
             for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
@@ -251,6 +265,7 @@ def synchronize(device: str) -> None:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     stored = copy.deepcopy(model).to(device="cpu", dtype=torch.bfloat16).eval()
+    stored.set_attn_implementation("sdpa")
     stored.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
