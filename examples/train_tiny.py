@@ -54,7 +54,7 @@ from weightshare.training import (
 END = "<|endoftext|>"
 
 # Plain causal attention under a name that has no mask function: for "sdpa" transformers searches
-# every batch for packed sequences, which waits for the device, and loses the fast kernel in a graph.
+# every batch for packed sequences, which waits for the device and costs a graph the fast kernel.
 AttentionInterface.register("causal", sdpa_attention_forward)
 
 
