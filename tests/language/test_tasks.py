@@ -162,7 +162,7 @@ def test_the_three_forms_of_tasks_are_scored(model, tokenizer, tmp_path, monkeyp
 
     totals = [by_hand(model, tokenizer, "The", choice)[0] for choice in choices]
     best = int(np.argmax(totals))
-    normed = int(np.argmax([t / len(c) for t, c in zip(totals, choices, strict=True)]))
+    normed = int(np.argmax([t / len(c.strip()) for t, c in zip(totals, choices, strict=True)]))
     piqa = scores["piqa"]
     assert piqa.acc == np.mean([answer == best for answer in (0, 1, 2, 0)])
     assert piqa.acc_norm == np.mean([answer == normed for answer in (0, 1, 2, 0)])

@@ -69,7 +69,7 @@ def load_model(
     _require_transformers()
     chosen = _dtype(dtype)
     device = _device(device)
-    with _quiet():
+    with quiet():
         if path.is_file():
             loaded = _load_gguf(str(name), path)
         else:
@@ -364,7 +364,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings and no progress bars of transformers inside; its settings come back after."""
     from transformers.utils import logging
 

@@ -47,8 +47,9 @@ class Task:
 @dataclass(frozen=True)
 class TaskScore:
     """- ``acc``: share of examples in which the right pair has the highest log-likelihood.
-    - ``acc_norm``: the same, log-likelihoods divided by the characters of the continuation; None
-      where no choice is made between continuations.
+    - ``acc_norm``: the same, log-likelihoods divided by the characters of the continuation
+      without its leading blank, as lm-evaluation-harness counts; None where no choice is made
+      between continuations.
     - ``chance``: accuracy of guessing, mean of 1 / choices (0 for a last word).
     - ``metric``: "acc" or "acc_norm", whichever is customary; ``stderr`` is the standard error of
       it, sqrt(a (1 - a) / (n - 1)), and ``correct`` (n,) its 0s and 1s.
@@ -195,7 +196,7 @@ def _score(task: Task, examples: list[Example], found: list[list[Likelihood]]) -
         chance = float(np.mean([1 / len(example.pairs) for example in examples]))
     acc = float(right.mean())
     if task.kind == "choice":
-        lengths = [[len(more) for _, more in example.pairs] for example in examples]
+        lengths = [[len(more.strip()) or 1 for _, more in e.pairs] for e in examples]
         normed = np.array([_best(row, by) for row, by in zip(found, lengths, strict=True)])
         by_length = (normed == answers).astype(float)
         acc_norm = float(by_length.mean())
