@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightshare.data import about
 from weightshare.data.stdlib import SEPARATOR
 from weightshare.errors import UserError
 from weightshare.language import encode, pad, read_documents, split_documents, windows
@@ -74,8 +75,17 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, says):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="No text at"):
+    with pytest.raises(UserError, match=r"none\.txt"):
         read_documents(tmp_path / "none.txt")
+
+
+def test_named_texts_are_the_shipped_sample_and_the_rest_of_the_library(monkeypatch, tmp_path):
+    monkeypatch.delenv("WEIGHTSHARE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    heldout, train = read_documents("pystdlib"), read_documents("stdlib")
+    assert len(heldout) == len(about("pystdlib")["documents"])
+    assert len(train) > 200
+    assert not set(heldout) & set(train)
 
 
 @given(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from weightshare.data.stdlib import SEPARATOR
+from weightshare.data.lookup import locate
+from weightshare.data.stdlib import SEPARATOR, gather_sources, split_sources
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ IGNORED = -100
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """The documents of a text file or of a folder of text files, in order.
+def read_documents(source: str | Path, *, allow_hub: bool = False) -> list[str]:
+    """The documents of a text file, of a folder of text files, or of a named text, in order.
+
+    A name is looked up by ``data.locate`` (``pystdlib`` is the held-out sample that ships);
+    ``stdlib`` is the running Python's standard library without that sample.
 
     - ``.txt``, ``.md``, ``.py`` (or any other name): documents are separated by a line holding a
       form feed, with blank lines around it. A text without one is a single document, and is cut at
@@ -35,11 +39,11 @@ def read_documents(path: str | Path) -> list[str]:
     - any of them with ``.gz``; a folder: the text files in it and below, each one document
       (more, where it has separators), sorted by path.
 
-    Raises ``UserError`` for a missing or empty path, a broken archive and bytes that are not UTF-8.
+    Raises ``UserError`` for a missing or empty text, a broken archive and bytes that are not UTF-8.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"No text at {path}; give a .txt, .jsonl or .gz file, or a folder of them.")
+    if source == "stdlib" and not Path(source).exists():
+        return [file.text for file in split_sources(gather_sources())[0]]
+    path = locate(source, allow_hub=allow_hub)
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.name.endswith(TEXT_SUFFIXES)]
         documents = [document for file in files for document in _documents(file)]
