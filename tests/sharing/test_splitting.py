@@ -24,9 +24,9 @@ def axes(*which):
 def test_two_camps_are_split_where_they_differ():
     found = split(measured(axes(0, 1, 0, 1, 0), 0.1))
     assert found.advised
-    assert found.partition.groups == ((0, 2, 4), (1, 3))
-    assert found.low <= found.partition.gain <= found.high
-    assert found.null < found.partition.gain
+    assert found.groups == ((0, 2, 4), (1, 3))
+    assert found.low <= found.gain <= found.high
+    assert found.null < found.gain
 
 
 def test_two_opposed_users_are_split():
@@ -47,6 +47,13 @@ def test_a_gradient_lost_in_noise_is_no_evidence():
     assert not found.advised and found.reason
 
 
+def test_without_any_noise_the_camps_are_split_too():
+    directions = axes(0, 0, 0, 0)
+    directions[2:] *= -1
+    found = split(measured(directions, 0.0))
+    assert found.advised and found.gain == pytest.approx(2.0)
+
+
 def test_every_answer_has_a_reason():
     one = measured(axes(0, 1), 0.1, batches=2)
     assert "three batches" in split(one).reason
@@ -57,7 +64,7 @@ def test_every_answer_has_a_reason():
 
 def test_contexts_are_the_units_where_there_are_several():
     found = split(measured(axes(0, 1, 0, 1), 0.1, batches=2, contexts=6))
-    assert found.advised and found.partition.groups == ((0, 2), (1, 3))
+    assert found.advised and found.groups == ((0, 2), (1, 3))
 
 
 def test_the_same_seed_gives_the_same_answer():
@@ -68,4 +75,4 @@ def test_the_same_seed_gives_the_same_answer():
 @pytest.mark.parametrize("groups", [2, 3])
 def test_the_number_of_groups_is_kept(groups):
     found = split(measured(axes(0, 1, 2, 0, 1, 2), 0.1), groups)
-    assert len(found.partition.groups) == groups
+    assert len(found.groups) == groups

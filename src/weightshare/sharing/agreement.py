@@ -138,6 +138,21 @@ class Gram:
                 part.blocks[name] = self._contexts(name)
         return part
 
+    def restrict(self, users: Sequence[int], factors: Tensor | None = None) -> "Gram":
+        """The same measurement of some users, each gradient times its user's factor."""
+        at = torch.tensor(list(users), dtype=torch.long)
+        by = torch.ones(len(self.labels)).double() if factors is None else factors.double()
+        part = Gram(self.labels[u] for u in users)
+        for name in self.tensors:
+            part.blocks[name] = [
+                Context(
+                    c.products[:, at][..., at] * by[at, None, None] * by[at],
+                    c.used[:, at],
+                )
+                for c in self._contexts(name)
+            ]
+        return part
+
     def contexts(self) -> list[Context]:
         """The total over tensors, per context: over those that all unmasked users used.
 

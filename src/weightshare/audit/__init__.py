@@ -1,0 +1,15 @@
+"""Who shares what, who disagrees, and what it would buy to unshare it."""
+
+from weightshare._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "examine": ["Audit", "Finding", "audit"],
+        "layers": ["Layer"],
+        "suggest": ["Suggestion", "Unsharing", "predict"],
+        "lookalikes": ["Similar", "similar"],
+        "unshare": ["apply", "merge"],
+        "honesty": ["Probe", "ProbeConfig", "Trial", "probe"],
+    },
+)

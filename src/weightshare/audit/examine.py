@@ -1,0 +1,258 @@
+"""Who shares which weight, and do they agree? One backward pass per batch answers both."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from weightshare.audit.layers import Layer, Per, find_layers
+from weightshare.audit.lookalikes import Similar, similar
+from weightshare.audit.suggest import Suggestion, suggest
+from weightshare.errors import UserError
+from weightshare.sharing import (
+    CountSketch,
+    Gram,
+    Size,
+    Split,
+    Stable,
+    all_reduce,
+    mean_agreement,
+    opposed,
+    partition,
+    per_use,
+    size,
+    split,
+)
+from weightshare.sharing.gradients import Gradients
+from weightshare.sharing.preserve import preserved
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one shared layer.
+
+    ``agreement`` is the mean debiased cosine over pairs of users, ``low`` to ``high`` its 95 %
+    jackknife interval; ``conflict_rate`` the share of batches on which a pair pulls apart, averaged
+    over pairs; ``never`` the users that received no gradient in any batch.
+    """
+
+    layer: Layer
+    gram: Gram
+    unique: int
+    saved: int
+    agreement: float
+    low: float
+    high: float
+    conflict_rate: float
+    opposed: tuple[str, str] | None
+    never: tuple[str, ...]
+    split: Split
+
+    @property
+    def similarity(self) -> Tensor:
+        """Debiased cosines of the users, ``(K, K)``."""
+        return self.gram.similarity()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings, most opposed layer first, and what to do about them, best first.
+
+    ``similar`` is filled where nothing is shared: parameters that could be.
+    """
+
+    findings: list[Finding]
+    suggestions: list[Suggestion]
+    size: Size
+    batches: int
+    similar: list[Similar] = field(default_factory=list)
+
+    @property
+    def saved(self) -> int:
+        """Parameters that the shared layers save, counted at every use that was seen."""
+        return sum(finding.saved for finding in self.findings)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: one row per shared layer."""
+        return [
+            {
+                "shared weight": f.layer.name,
+                "uses": len(f.layer.users),
+                "unique": f.unique,
+                "saved": f.saved,
+                "agreement": _rounded(f.agreement),
+                "interval": f"{f.low:.2f} to {f.high:.2f}" if math.isfinite(f.low) else "-",
+                "conflict rate": _rounded(f.conflict_rate),
+                "most opposed": " / ".join(f.opposed) if f.opposed else "-",
+            }
+            for f in self.findings
+        ]
+
+
+def audit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    per: Per = "layer",
+    sketch: int | None = 4096,
+    groups: int = 2,
+    rank: int = 4,
+    patience: int | None = None,
+    suggestions: bool = True,
+    draws: int = 200,
+    seed: int = 0,
+) -> Audit:
+    """Audit the shared weights of any PyTorch model.
+
+    The model is left as it was: parameters, ``.grad``, buffers, modes and random streams, also
+    when something raises. It is measured in the mode it comes in; dropout blurs agreement, so call
+    ``eval()`` first unless the training-mode gradients are what you ask about.
+
+    Args:
+        batches: at least two. The debiased cosine compares distinct ones, so their gradients must
+            be independent draws of the data.
+        loss: ``loss(model, batch)``, the mean loss of the batch: a tensor with one value.
+        per: ``"layer"`` looks at all tensors with the same users together, ``"tensor"`` at each.
+        sketch: numbers kept of each gradient (:class:`~weightshare.sharing.CountSketch`); None
+            keeps whole gradients of all batches.
+        groups: into how many groups a layer's users may be split.
+        rank: of suggested low-rank deltas.
+        patience: stop after the grouping of every layer has come out the same so often in a row
+            (from the fourth batch on); None uses all batches.
+        suggestions: whether to work out what unsharing would gain; costs about three more passes
+            over the batches.
+
+    Under ``torch.distributed`` each rank brings its share of every batch to a model wrapped in
+    DistributedDataParallel; gradients are averaged as DDP averages them. Suggestions are worked
+    out on each rank's own batches: take those of one rank.
+
+    Raises:
+        UserError: fewer than two batches, a batch that does not fit, a loss that is not finite.
+    """
+    batches = list(batches)
+    if len(batches) < 2:
+        raise UserError(
+            f"audit got {len(batches)} batches; it needs at least two, better sixteen, "
+            "because agreement is measured between distinct batches."
+        )
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    with preserved(model):
+        layers = first_look(model, inner, batches[0], loss, per)
+        if not layers:
+            return Audit([], [], size(inner), len(batches), similar(inner))
+        grams = {layer: Gram(layer.users) for layer in layers}
+        keep = CountSketch(sketch, seed) if sketch else None
+        names = sorted({name for layer in layers for name in layer.tensors})
+        stable = {layer: Stable(patience or 1) for layer in layers}
+        used = 0
+        for batch in batches:
+            with per_use(model, names, keep=keep) as uses:
+                gradients = uses.gradients(loss(model, batch))
+            if inner is not model and dist.is_initialized():
+                gradients = all_reduce(gradients)
+            for layer, gram in grams.items():
+                gram.update(by_user(layer, gradients))
+            used += 1
+            if patience and _settled(stable, grams, groups) and used >= 4:
+                break
+        findings = [
+            finding(inner, layer, gram.close(), groups=groups, draws=draws, seed=seed)
+            for layer, gram in grams.items()
+        ]
+        findings = opposed_first(findings)
+        advice = suggest(inner, batches[:used], loss, findings, rank=rank) if suggestions else []
+    return Audit(findings, advice, size(inner), used)
+
+
+def first_look(model: nn.Module, inner: nn.Module, batch: Any, loss: Loss, per: Per) -> list[Layer]:
+    """The shared layers, from one forward; errors of the first batch become sentences."""
+    with per_use(model) as uses:
+        try:
+            value = loss(model, batch)
+        except UserError:
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError) as error:
+            told = str(error).strip().splitlines()
+            raise UserError(
+                f"the first batch does not fit the model ({type(error).__name__}: "
+                f"{told[0] if told else 'no message'}); "
+                "check that loss(model, batch) works on it outside the audit."
+            ) from error
+        del value
+        return find_layers(inner, uses.seen, uses.calls, per)
+
+
+def by_user(layer: Layer, gradients: Gradients[Any]) -> Gradients[str]:
+    """Per-use gradients with the users' labels as keys."""
+    return {
+        name: {users[use]: g for use, g in gradients.get(name, {}).items() if use in users}
+        for name, users in layer.tensors.items()
+    }
+
+
+def finding(
+    model: nn.Module,
+    layer: Layer,
+    gram: Gram,
+    *,
+    groups: int = 2,
+    level: float = 0.95,
+    draws: int = 200,
+    seed: int = 0,
+) -> Finding:
+    """Read a finished measurement; users of any kind, if ``gram``'s labels are the layer's."""
+    similarity = gram.similarity()
+    agreement = mean_agreement(similarity)
+    low = high = math.nan
+    if gram.units > 2:
+        from scipy.stats import t
+
+        error = float(gram.jackknife(lambda g: torch.tensor(mean_agreement(g.similarity()))))
+        reach = float(t.ppf(0.5 + level / 2, gram.units - 1)) * error
+        low, high = agreement - reach, agreement + reach
+    pair = opposed(similarity)
+    elements = {name: model.get_parameter(name).numel() for name in layer.tensors}
+    reached = gram.products("paper").diagonal() > 0
+    return Finding(
+        layer=layer,
+        gram=gram,
+        unique=sum(elements.values()),
+        saved=sum(
+            elements[name] * (len(set(users.values())) - 1) for name, users in layer.tensors.items()
+        ),
+        agreement=agreement,
+        low=low,
+        high=high,
+        conflict_rate=mean_agreement(gram.conflict_rate()),
+        opposed=None if pair is None else (layer.users[pair[0]], layer.users[pair[1]]),
+        never=tuple(u for u, r in zip(layer.users, reached.tolist(), strict=True) if not r),
+        split=split(gram, groups, draws=draws, seed=seed),
+    )
+
+
+def _settled(stable: dict[Layer, Stable], grams: dict[Layer, Gram], groups: int) -> bool:
+    """Whether every layer's grouping has come out the same often enough."""
+
+    def decision(gram: Gram) -> Any:
+        try:
+            return partition(gram.distance(), groups).groups
+        except UserError:
+            return None
+
+    return all([stable[layer].update(decision(gram)) for layer, gram in grams.items()])  # noqa: C419
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None
+
+
+def opposed_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings by agreement, the lowest first; undefined ones last."""
+    return sorted(findings, key=lambda f: math.inf if math.isnan(f.agreement) else f.agreement)

@@ -1,0 +1,258 @@
+"""The honesty clause: carry unsharings out, train each a little, compare with what was promised.
+
+A negative cosine is neither necessary nor sufficient for harm, and a prediction is first order with
+one curvature. So an audit can be asked to prove itself: K suggestions and K random unsharings are
+applied to copies of the model and trained for the same few steps as the model without them, and
+realised gains are held against predicted ones.
+"""
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightshare.audit.examine import Audit
+from weightshare.audit.layers import Layer
+from weightshare.audit.suggest import KINDS, Kind, Loss, Suggestion, Unsharing, predict
+from weightshare.audit.unshare import apply
+from weightshare.errors import UserError
+from weightshare.sharing.preserve import preserved
+from weightshare.training import GradientUpdate, Loop, LoopConfig, Losses, Task, Term
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The fixed budget of every trial.
+
+    Args:
+        suggested: how many of the best suggestions to carry out.
+        random: how many random unsharings beside them.
+        steps: optimizer steps of each trial.
+        learning_rate: of AdamW; the same for the trials with and without unsharing.
+        seed: of the random unsharings and of training.
+    """
+
+    suggested: int = 4
+    random: int = 4
+    steps: int = 30
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unsharing carried out: what was promised and what came of it.
+
+    ``realised``: held-out loss after training with the shared layer only, less that with the
+    unsharing; the same steps, batches and learning rate.
+    """
+
+    suggestion: Suggestion
+    origin: str  # "suggested" or "random"
+    realised: float
+
+    def row(self) -> dict[str, Any]:
+        full = self.suggestion.row()
+        return {
+            "origin": self.origin,
+            **{k: full[k] for k in ("shared weight", "do", "groups", "added", "predicted gain")},
+            "realised gain": float(f"{self.realised:.3g}"),
+            "per million": float(f"{1e6 * self.realised / max(1, self.suggestion.added):.3g}"),
+        }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Trials with the rank correlation of predicted and realised gain (Spearman).
+
+    ``low`` to ``high`` is its 95 % bootstrap interval over trials; NaN below four trials.
+    ``per_parameter`` is the correlation of the gains per added parameter.
+    """
+
+    trials: list[Trial]
+    correlation: float
+    low: float
+    high: float
+    per_parameter: float
+
+    def mean_gain(self, origin: str, per_parameter: bool = False) -> float:
+        """Mean realised gain of the suggested or the random unsharings."""
+        gains = [
+            t.realised / (t.suggestion.added if per_parameter else 1)
+            for t in self.trials
+            if t.origin == origin
+        ]
+        return sum(gains) / len(gains) if gains else math.nan
+
+
+def probe(
+    model: nn.Module,
+    batches: Sequence[Any],
+    heldout: Sequence[Any],
+    loss: Loss,
+    audited: Audit,
+    config: ProbeConfig | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Probe:
+    """Carry out suggestions and random unsharings on copies of ``model``.
+
+    Each trial trains the shared weights of its layer and what was added, nothing else, so that the
+    gain is that of the unsharing; the trial it is compared with trains the same layer unchanged.
+
+    Raises:
+        UserError: when the audit suggests nothing to carry out.
+    """
+    config = config or ProbeConfig()
+    ready = [s for s in audited.suggestions if s.unsharing.kind != "nothing"]
+    if not ready:
+        raise UserError(
+            "the audit has no unsharing to try: no shared weight has two users with a gradient."
+        )
+    suggested = ready[: config.suggested]
+    layers = [finding.layer for finding in audited.findings]
+    drawn = random_unsharings(
+        layers,
+        config.random,
+        ready[0].unsharing.rank,
+        config.seed,
+        taken=[s.unsharing for s in suggested],
+    )
+    with preserved(model):
+        others = predict(model, batches, loss, drawn)
+        bases: dict[Layer, float] = {}
+        trials = []
+        for origin, chosen in (("suggested", suggested), ("random", others)):
+            for suggestion in chosen:
+                layer = suggestion.unsharing.layer
+                if layer not in bases:
+                    kept = Unsharing("nothing", layer, (layer.users,))
+                    bases[layer] = _trained(model, kept, batches, heldout, loss, config)
+                after = _trained(model, suggestion, batches, heldout, loss, config)
+                trials.append(Trial(suggestion, origin, bases[layer] - after))
+                if progress:
+                    progress(f"probe {len(trials)} of {len(suggested) + len(others)}")
+    return summarise(trials, config.seed)
+
+
+def random_unsharings(
+    layers: Sequence[Layer],
+    count: int,
+    rank: int,
+    seed: int,
+    kinds: Sequence[Kind] = KINDS,
+    taken: Sequence[Unsharing] = (),
+) -> list[Unsharing]:
+    """Distinct unsharings drawn without looking at a gradient: layer, kind and two groups.
+
+    Fewer than ``count`` where there are no more beside those ``taken``.
+    """
+    generator = random.Random(seed)
+    seen = set(taken)
+    drawn: list[Unsharing] = []
+    for _ in range(50 * count):
+        layer = generator.choice(list(layers))
+        users = list(layer.users)
+        generator.shuffle(users)
+        cut = generator.randint(1, len(users) - 1)
+        order = {user: number for number, user in enumerate(layer.users)}
+        groups = [tuple(sorted(part, key=order.__getitem__)) for part in (users[:cut], users[cut:])]
+        groups.sort(key=lambda group: order[group[0]])
+        found = Unsharing(generator.choice(list(kinds)), layer, tuple(groups), rank)
+        if found not in seen and len(drawn) < count:
+            seen.add(found)
+            drawn.append(found)
+    return drawn
+
+
+def summarise(trials: Sequence[Trial], seed: int = 0, draws: int = 2000) -> Probe:
+    """Spearman's correlation over trials, with a bootstrap interval."""
+    predicted = [t.suggestion.predicted for t in trials]
+    realised = [t.realised for t in trials]
+    added = [max(1, t.suggestion.added) for t in trials]
+    generator = random.Random(seed)
+    resampled = []
+    if len(trials) >= 4:
+        for _ in range(draws):
+            at = [generator.randrange(len(trials)) for _ in trials]
+            value = _spearman([predicted[i] for i in at], [realised[i] for i in at])
+            if not math.isnan(value):
+                resampled.append(value)
+    resampled.sort()
+    low, high = (
+        (resampled[int(0.025 * len(resampled))], resampled[int(0.975 * len(resampled))])
+        if resampled
+        else (math.nan, math.nan)
+    )
+    return Probe(
+        list(trials),
+        _spearman(predicted, realised),
+        low,
+        high,
+        _spearman(
+            [p / a for p, a in zip(predicted, added, strict=True)],
+            [r / a for r, a in zip(realised, added, strict=True)],
+        ),
+    )
+
+
+def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return math.nan
+    return float(spearmanr(x, y).statistic)
+
+
+class _MeanLoss(Task):
+    """The audited loss as a training task: every batch counts as one."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> Losses:
+        return {"loss": Term(self.loss(self.model, batch), 1.0)}
+
+
+class _Cycle:
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batches[step % len(self.batches)]
+
+
+def _trained(
+    model: nn.Module,
+    unsharing: Suggestion | Unsharing,
+    batches: Sequence[Any],
+    heldout: Sequence[Any],
+    loss: Loss,
+    config: ProbeConfig,
+) -> float:
+    """Held-out loss of a copy that was unshared and trained."""
+    student = copy.deepcopy(model)
+    for parameter in student.parameters():
+        parameter.grad = None
+    layer = (unsharing.unsharing if isinstance(unsharing, Suggestion) else unsharing).layer
+    shared = [student.get_parameter(name) for name in layer.tensors]
+    before = {id(p) for p in student.parameters()}
+    apply(student, unsharing, seed=config.seed)
+    added = [p for p in student.parameters() if id(p) not in before]
+    task = _MeanLoss(student, loss)
+    settings = LoopConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        weight_decay=0.0,
+        warmup_fraction=0.1,
+        seed=config.seed,
+    )
+    update = GradientUpdate.from_config(task, settings, [*shared, *added])
+    Loop(update, _Cycle(batches), settings, progress=False).fit()
+    with torch.no_grad():
+        return sum(float(loss(student, batch)) for batch in heldout) / len(heldout)

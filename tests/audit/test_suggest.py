@@ -1,0 +1,181 @@
+"""Predicted gains against gains that are known in closed form."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from weightshare.audit import ProbeConfig, Unsharing, apply, audit, predict, probe
+from weightshare.audit.figures import (
+    agreement_bars,
+    agreement_data,
+    agreement_map,
+    agreements_data,
+    promise_scatter,
+    trials_data,
+)
+from weightshare.audit.honesty import random_unsharings, summarise
+from weightshare.sharing import tie
+
+
+class Quadratic(nn.Module):
+    """½ h Σ_u ‖W_u x - T_u x‖² averaged over whitened x: curvature h in every direction."""
+
+    def __init__(self, targets, curvature=2.0, start=None):
+        super().__init__()
+        self.places = nn.ModuleList(nn.Linear(6, 5, bias=False) for _ in targets)
+        self.targets, self.curvature = targets, curvature
+        with torch.no_grad():
+            mean = torch.stack(list(targets)).mean(0)
+            for place in self.places:
+                place.weight.copy_(mean if start is None else start)
+        tie(self, [[f"places.{i}.weight" for i in range(len(targets))]])
+        self.to(targets[0].dtype)
+
+    def forward(self, noise):
+        # ``noise`` stands for a batch: it moves the targets a little, as sampling does.
+        return sum(
+            self.curvature / 2 * (place(torch.eye(6).to(noise)).T - target - noise).square().sum()
+            for place, target in zip(self.places, self.targets, strict=True)
+        )
+
+
+def loss(model, batch):
+    return model(batch)
+
+
+def targets(*which, seed=0, size=0.3):
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(5, 6, generator=g, dtype=torch.float64)
+    moves = size * torch.randn(max(which) + 1, 5, 6, generator=g, dtype=torch.float64)
+    return [base + moves[i] for i in which]
+
+
+def data(n=8, noise=1e-3):
+    g = torch.Generator().manual_seed(5)
+    return [noise * torch.randn(5, 6, generator=g, dtype=torch.float64) for _ in range(n)]
+
+
+def converged(model, batches, steps=300, rate=0.1):
+    """Loss after plain gradient descent on everything."""
+    for _ in range(steps):
+        value = sum(model(b) for b in batches) / len(batches)
+        gradients = torch.autograd.grad(value, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= rate * gradient
+    return float(sum(model(b) for b in batches) / len(batches))
+
+
+@pytest.mark.parametrize("curvature", [0.5, 4.0])
+def test_on_a_quadratic_predicted_and_realised_gain_agree_to_one_percent(curvature):
+    model = Quadratic(targets(0, 1, 0, 1), curvature)
+    found = audit(model, data(), loss)
+    rate = 0.2 / curvature
+    shared = converged(copy.deepcopy(model), data(), rate=rate)
+    (best,) = [s for s in found.suggestions if s.unsharing.kind == "unshare"]
+    assert best.unsharing.groups == (("places.0", "places.2"), ("places.1", "places.3"))
+    realised = shared - converged(apply(copy.deepcopy(model), best), data(), rate=rate)
+    assert best.predicted == pytest.approx(realised, rel=0.01)
+
+
+def test_away_from_the_shared_optimum_the_common_part_is_not_counted():
+    model = Quadratic(targets(0, 1), 1.0, start=torch.zeros(5, 6, dtype=torch.float64))
+    (best,) = [s for s in audit(model, data(), loss).suggestions if s.unsharing.kind == "unshare"]
+    shared = converged(copy.deepcopy(model), data())
+    realised = shared - converged(apply(copy.deepcopy(model), best), data())
+    assert best.predicted == pytest.approx(realised, rel=0.01)
+
+
+def test_a_low_rank_disagreement_is_settled_by_a_low_rank_delta():
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 6, generator=g, dtype=torch.float64)
+    move = torch.outer(torch.randn(5, generator=g).double(), torch.randn(6, generator=g).double())
+    model = Quadratic([base, base + 0.1 * move], 1.0)
+    found = {s.unsharing.kind: s for s in audit(model, data(noise=1e-5), loss, rank=1).suggestions}
+    assert found["low_rank"].predicted == pytest.approx(found["unshare"].predicted, rel=1e-3)
+    assert found["low_rank"].added == 11 < found["unshare"].added == 30
+    assert found["low_rank"].gain_per_parameter > found["unshare"].gain_per_parameter
+    assert found["scale"].predicted < 0.9 * found["unshare"].predicted
+
+
+def test_a_disagreement_about_scale_is_settled_by_scales():
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 6, generator=g, dtype=torch.float64)
+    rows = torch.tensor([0.9, 1.1, 1.0, 1.2, 0.8], dtype=torch.float64)[:, None]
+    model = Quadratic([base, base * rows], 1.0)
+    found = {s.unsharing.kind: s for s in audit(model, data(noise=1e-5), loss).suggestions}
+    assert found["scale"].predicted > 0.98 * found["unshare"].predicted
+    assert found["scale"].added == 5
+    ranked = audit(model, data(noise=1e-5), loss).suggestions
+    assert ranked[0].unsharing.kind == "scale"
+
+
+def test_noise_promises_nothing():
+    """Where users differ by noise only, the held-out half of the batches sees no gain."""
+    model = Quadratic(targets(0, 0), 1.0)
+    layer = audit(model, data(), loss).findings[0].layer
+
+    def noisy(m, batch):
+        return sum(
+            0.5 * (p(torch.eye(6).to(n)).T - t - n).square().sum()
+            for p, t, n in zip(m.places, m.targets, batch, strict=True)
+        )
+
+    gains = []
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        batches = [torch.randn(2, 5, 6, generator=g, dtype=torch.float64) for _ in range(8)]
+        (s,) = predict(
+            model, batches, noisy, [Unsharing("unshare", layer, (("places.0",), ("places.1",)))]
+        )
+        gains.append(s.slope)
+    assert 4 <= sum(slope < 0 for slope in gains) <= 16
+    assert abs(sum(gains) / 20) < 3 * torch.tensor(gains).std() / 20**0.5
+
+
+def test_the_probe_keeps_what_was_promised_on_a_quadratic():
+    class Two(nn.Module):
+        """Two shared layers, one in conflict and one not."""
+
+        def __init__(self):
+            super().__init__()
+            self.fight = Quadratic([t.float() for t in targets(0, 1, size=0.5)], 1.0)
+            self.agree = Quadratic([t.float() for t in targets(0, 0)], 1.0)
+
+        def forward(self, batch):
+            return self.fight(batch) + self.agree(batch)
+
+    model = Two()
+    batches = [b.float() for b in data()]
+    found = audit(model, batches, loss)
+    assert found.findings[0].layer.name.startswith("fight")
+    result = probe(
+        model, batches, batches, loss, found, ProbeConfig(2, 4, steps=20, learning_rate=0.05)
+    )
+    assert [t.origin for t in result.trials].count("suggested") == 2
+    assert result.correlation > 0.6
+    assert result.low <= result.correlation <= result.high
+    assert result.mean_gain("suggested") > 0
+    for row in (t.row() for t in result.trials):
+        assert {"predicted gain", "realised gain", "origin"} <= row.keys()
+    assert promise_scatter(**trials_data(result)).axes
+
+
+def test_random_unsharings_are_distinct_and_new():
+    model = Quadratic(targets(0, 1, 2))
+    layer = audit(model, data(), loss, suggestions=False).findings[0].layer
+    drawn = random_unsharings([layer], 50, 2, seed=0)
+    assert len(drawn) == len(set(drawn)) == 9  # three splits of three users, three kinds
+    assert random_unsharings([layer], 50, 2, seed=1, taken=drawn) == []
+
+
+def test_too_few_trials_have_no_interval():
+    assert summarise([]).correlation != summarise([]).correlation  # NaN
+
+
+def test_figures_take_plain_data():
+    found = audit(Quadratic(targets(0, 1, 0)), data(), loss)
+    assert agreement_map(**agreement_data(found.findings[0])).axes
+    assert agreement_bars(**agreements_data(found)).axes
