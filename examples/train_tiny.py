@@ -204,7 +204,7 @@ class NextToken(Task):
         super().__init__()
         self.model = model
         # Not a submodule: the compiled module would hold the same parameters under other names.
-        self.forward_model = (torch.compile(model) if compiled else model).forward
+        self.forward_model = torch.compile(model.forward) if compiled else model.forward
 
     def forward(self, batch: Tensor) -> dict[str, Term]:
         logits = self.forward_model(input_ids=batch, use_cache=False).logits

@@ -115,6 +115,8 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path, model, tokenizer, capfd
     assert capfd.readouterr().err == ""
     assert loaded.license == "mit"
     assert not hasattr(loaded.model.config, "quantization_config")
+    # Rounded rotary frequencies would pass unseen on short texts.
+    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     ids = tokenizer("weights of a network", return_tensors="pt")["input_ids"]
     assert torch.equal(
         loaded.tokenizer("weights of a network", return_tensors="pt")["input_ids"], ids
