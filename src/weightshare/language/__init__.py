@@ -5,7 +5,7 @@ from weightshare._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "load": ["LanguageModel", "load_model", "model_path", "quiet"],
+        "load": ["LanguageModel", "cast", "load_model", "model_path", "quiet"],
         "text": [
             "Splits",
             "Windows",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,20 @@ def load_model(
     if chosen is None:
         chosen = torch.float32 if device.type == "cpu" else loaded.stored_dtype
     _check_vocabulary(loaded)
-    loaded.model.to(device=device, dtype=chosen).eval()  # type: ignore[call-arg]
+    cast(loaded.model.to(device=device), chosen).eval()  # type: ignore[call-arg]
     return loaded
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """Give every parameter ``dtype``, in place, and return the model; tied ones stay tied.
+
+    ``model.to(dtype)`` would round the rotary frequencies as well, which ``from_pretrained`` keeps
+    in float32: in bfloat16 distant positions run together.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def model_path(name: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,9 @@ from weightshare.report.redaction import redact, redact_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HARMLESS = frozenset({"out", "resume", "dry_run", "log_with", "progress", "quiet", "verbose"})
+HARMLESS = frozenset(
+    {"out", "resume", "overwrite", "dry_run", "log_with", "progress", "quiet", "verbose"}
+)
 """Options that may change when a run is resumed, because no result depends on them."""
 
 _FOLDERS = ("stages", "tables", "figures", "texts", "checkpoints")
@@ -63,6 +66,7 @@ class Run:
         command: str = "run",
         resume: bool = False,
         harmless: Iterable[str] = (),
+        overwrite: bool = False,
     ) -> Self:
         """Create the run directory ``path``, or with ``resume`` go on in the one that is there.
 
@@ -70,13 +74,17 @@ class Run:
         secrets. Its ``seed`` and ``device`` are copied into the summary. A resumed run must have
         the configuration it started with, but for :data:`HARMLESS` and the names in ``harmless``.
         ``resume`` with nothing at ``path`` starts afresh, so that a job can be queued again
-        unchanged.
+        unchanged. ``overwrite`` removes a run that is there; anything else at ``path`` stays and is
+        refused as ever.
 
         Raises :class:`UserError` when ``path`` is a file, cannot be written, is used by another
         process, holds a run and ``resume`` is false, or holds another run than the one resumed.
         """
         path = Path(path)
         options = redact_options(store.plain(config))
+        if overwrite and not resume and (path / "summary.json").is_file():
+            _claim(path).close()
+            shutil.rmtree(path)
         lock = _claim(path)
         try:
             file = path / "summary.json"

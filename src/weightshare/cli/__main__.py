@@ -1,0 +1,7 @@
+"""``python -m weightshare.cli``."""
+
+import sys
+
+from weightshare.cli import main
+
+sys.exit(main())
