@@ -9,6 +9,7 @@ import torch
 from tiny_task import FakeRun, Tokens, TwoCounts, seeded, tokens
 
 from weightshare.errors import UserError
+from weightshare.report import Run
 from weightshare.training import (
     EpochBatches,
     GradientUpdate,
@@ -242,6 +243,18 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_is_passed_on(run, number
     resumed.fit()
     whole.fit()
     assert bytes_of(resumed) == bytes_of(whole)
+
+
+def test_a_real_run_directory_resumes_to_the_same_metrics(tmp_path):
+    def train(folder, stop=None, resume=False):
+        with Run.open(folder, LoopConfig(), resume=resume) as run:
+            loop = make(run, batches=StopAt(EpochBatches(tokens(40), 8, 0), stop))
+            loop.fit()
+        return bytes_of(loop), (folder / "metrics.jsonl").read_text()
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "broken", stop=10)
+    assert train(tmp_path / "broken", resume=True) == train(tmp_path / "whole")
 
 
 def test_loops_run_in_threads(run):

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "captured": ["Captured"],
         "checkpoint": [],
         "config": ["LoopConfig"],
+        "gradient_update": ["GradientUpdate"],
         "learning_rate": ["schedule"],
         "loop": ["Fit", "Loop"],
         "losses": ["Losses", "Task", "Term", "held_out", "total"],
@@ -17,6 +18,6 @@ __getattr__, __dir__, __all__ = attach(
         "randomness": ["Streams", "reseed", "same_streams_after", "streams"],
         "state": ["State", "join", "part"],
         "trees": ["map_tensors", "split", "to_device"],
-        "update": ["GradientUpdate", "Sequence", "Update"],
+        "update": ["Sequence", "Update"],
     },
 )

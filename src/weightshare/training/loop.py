@@ -19,8 +19,8 @@ from weightshare.training.interrupt import Interrupt
 from weightshare.training.phase import RunLike
 from weightshare.training.place import Place
 from weightshare.training.randomness import reseed, same_streams_after
-from weightshare.training.state import State, join, part
-from weightshare.training.update import Update, copy_into
+from weightshare.training.state import State, copy_into, join, part
+from weightshare.training.update import Update
 
 
 @dataclass
