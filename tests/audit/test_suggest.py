@@ -71,7 +71,7 @@ def converged(model, batches, steps=300, rate=0.1):
 @pytest.mark.parametrize("curvature", [0.5, 4.0])
 def test_on_a_quadratic_predicted_and_realised_gain_agree_to_one_percent(curvature):
     model = Quadratic(targets(0, 1, 0, 1), curvature)
-    found = audit(model, data(), loss)
+    found = audit(model, data(), loss, metric="plain")
     rate = 0.2 / curvature
     shared = converged(copy.deepcopy(model), data(), rate=rate)
     (best,) = [s for s in found.suggestions if s.unsharing.kind == "unshare"]
@@ -82,7 +82,11 @@ def test_on_a_quadratic_predicted_and_realised_gain_agree_to_one_percent(curvatu
 
 def test_away_from_the_shared_optimum_the_common_part_is_not_counted():
     model = Quadratic(targets(0, 1), 1.0, start=torch.zeros(5, 6, dtype=torch.float64))
-    (best,) = [s for s in audit(model, data(), loss).suggestions if s.unsharing.kind == "unshare"]
+    (best,) = [
+        s
+        for s in audit(model, data(), loss, metric="plain").suggestions
+        if s.unsharing.kind == "unshare"
+    ]
     shared = converged(copy.deepcopy(model), data())
     realised = shared - converged(apply(copy.deepcopy(model), best), data())
     assert best.predicted == pytest.approx(realised, rel=0.01)
@@ -93,7 +97,10 @@ def test_a_low_rank_disagreement_is_settled_by_a_low_rank_delta():
     base = torch.randn(5, 6, generator=g, dtype=torch.float64)
     move = torch.outer(torch.randn(5, generator=g).double(), torch.randn(6, generator=g).double())
     model = Quadratic([base, base + 0.1 * move], 1.0)
-    found = {s.unsharing.kind: s for s in audit(model, data(noise=1e-5), loss, rank=1).suggestions}
+    found = {
+        s.unsharing.kind: s
+        for s in audit(model, data(noise=1e-5), loss, rank=1, metric="plain").suggestions
+    }
     assert found["low_rank"].predicted == pytest.approx(found["unshare"].predicted, rel=1e-3)
     assert found["low_rank"].added == 11 < found["unshare"].added == 30
     assert found["low_rank"].gain_per_parameter > found["unshare"].gain_per_parameter
@@ -105,17 +112,20 @@ def test_a_disagreement_about_scale_is_settled_by_scales():
     base = torch.randn(5, 6, generator=g, dtype=torch.float64)
     rows = torch.tensor([0.9, 1.1, 1.0, 1.2, 0.8], dtype=torch.float64)[:, None]
     model = Quadratic([base, base * rows], 1.0)
-    found = {s.unsharing.kind: s for s in audit(model, data(noise=1e-5), loss).suggestions}
+    found = {
+        s.unsharing.kind: s
+        for s in audit(model, data(noise=1e-5), loss, metric="plain").suggestions
+    }
     assert found["scale"].predicted > 0.98 * found["unshare"].predicted
     assert found["scale"].added == 5
-    ranked = audit(model, data(noise=1e-5), loss).suggestions
+    ranked = audit(model, data(noise=1e-5), loss, metric="plain").suggestions
     assert ranked[0].unsharing.kind == "scale"
 
 
 def test_noise_promises_nothing():
     """Where users differ by noise only, the held-out half of the batches sees no gain."""
     model = Quadratic(targets(0, 0), 1.0)
-    layer = audit(model, data(), loss).findings[0].layer
+    layer = audit(model, data(), loss, metric="plain").findings[0].layer
 
     def noisy(m, batch):
         return sum(

@@ -1,7 +1,7 @@
 """Who shares which weight, and do they agree? One backward pass per batch answers both."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
-from weightshare.audit.suggest import Suggestion, suggest
+from weightshare.audit.suggest import Loss, Metric, Suggestion, suggest
 from weightshare.errors import UserError
 from weightshare.sharing import (
     CountSketch,
@@ -29,8 +29,6 @@ from weightshare.sharing import (
 )
 from weightshare.sharing.gradients import Gradients
 from weightshare.sharing.preserve import preserved
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ def audit(
     sketch: int | None = 4096,
     groups: int = 2,
     rank: int = 4,
+    metric: Metric = "adam",
     patience: int | None = None,
     suggestions: bool = True,
     draws: int = 200,
@@ -124,6 +123,7 @@ def audit(
             keeps whole gradients of all batches.
         groups: into how many groups a layer's users may be split.
         rank: of suggested low-rank deltas.
+        metric: in which gains are predicted; see :func:`~weightshare.audit.predict`.
         patience: stop after the grouping of every layer has come out the same so often in a row
             (from the fourth batch on); None uses all batches.
         suggestions: whether to work out what unsharing would gain; costs about three more passes
@@ -167,7 +167,11 @@ def audit(
             for layer, gram in grams.items()
         ]
         findings = opposed_first(findings)
-        advice = suggest(inner, batches[:used], loss, findings, rank=rank) if suggestions else []
+        advice = (
+            suggest(inner, batches[:used], loss, findings, rank=rank, metric=metric)
+            if suggestions
+            else []
+        )
     return Audit(findings, advice, size(inner), used)
 
 

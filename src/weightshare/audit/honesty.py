@@ -18,7 +18,7 @@ from torch import nn
 
 from weightshare.audit.examine import Audit
 from weightshare.audit.layers import Layer
-from weightshare.audit.suggest import KINDS, Kind, Loss, Suggestion, Unsharing, predict
+from weightshare.audit.suggest import KINDS, Kind, Loss, Metric, Suggestion, Unsharing, predict
 from weightshare.audit.unshare import apply
 from weightshare.errors import UserError
 from weightshare.sharing.preserve import preserved
@@ -34,6 +34,7 @@ class ProbeConfig:
         random: how many random unsharings beside them.
         steps: optimizer steps of each trial.
         learning_rate: of AdamW; the same for the trials with and without unsharing.
+        metric: of the predictions for the random ones; that of the audit.
         seed: of the random unsharings and of training.
     """
 
@@ -41,6 +42,7 @@ class ProbeConfig:
     random: int = 4
     steps: int = 30
     learning_rate: float = 1e-3
+    metric: Metric = "adam"
     seed: int = 0
 
 
@@ -123,7 +125,7 @@ def probe(
         taken=[s.unsharing for s in suggested],
     )
     with preserved(model):
-        others = predict(model, batches, loss, drawn)
+        others = predict(model, batches, loss, drawn, metric=config.metric)
         bases: dict[Layer, float] = {}
         trials = []
         for origin, chosen in (("suggested", suggested), ("random", others)):

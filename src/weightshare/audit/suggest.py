@@ -3,9 +3,11 @@
 A layer whose users are split into groups g of n_g users has in each group the mean gradient ḡ_g;
 the shared weight can follow only their overall mean ḡ. What separate weights add is a step along
 
-    v_u = -(ḡ_g(u) - ḡ),      projected on what the action can express,
+    v_u = -(ḡ_g(u) - ḡ) / d,      projected on what the action can express,
 
-with slope s = Σ_u ⟨g_u, v_u⟩ < 0 and curvature c = vᵀHv. Along v the loss falls by at most
+where d is the metric: one, or the root mean square that Adam would divide by (equal for all users,
+so that v has no common part). With slope s = Σ_u ⟨g_u, v_u⟩ < 0 and curvature c = vᵀHv the loss
+falls along v by at most
 
     predicted gain = s² / (2 c),
 
@@ -38,6 +40,7 @@ SAYS = {
     "low_rank": "low-rank deltas",
     "unshare": "weights of their own",
 }
+Metric = Literal["adam", "plain"]
 Loss = Callable[[nn.Module, Any], Tensor]
 Offsets = dict[str, dict[Use, Tensor]]
 
@@ -144,6 +147,7 @@ def suggest(
     *,
     rank: int = 4,
     kinds: Sequence[Kind] = KINDS,
+    metric: Metric = "adam",
 ) -> list[Suggestion]:
     """Every way to unshare every layer that was audited, and leaving it; best first.
 
@@ -161,7 +165,7 @@ def suggest(
         if not found.split.advised:
             left.append(nothing(found.layer, found.split.reason))
     beyond = {found.layer: found.split.advised for found in findings}
-    predicted = predict(model, batches, loss, wanted, beyond)
+    predicted = predict(model, batches, loss, wanted, beyond, metric)
     return sorted([*predicted, *left], key=_rank)
 
 
@@ -196,9 +200,13 @@ def predict(
     loss: Loss,
     unsharings: Sequence[Unsharing],
     beyond: Mapping[Layer, bool] | None = None,
+    metric: Metric = "adam",
     together: int = 2**28,
 ) -> list[Suggestion]:
     """Slope and curvature of each unsharing.
+
+    ``metric="adam"`` predicts for a model that is trained with Adam, as nearly all are;
+    ``"plain"`` for gradient descent.
 
     Memory: two gradients per use of the layers looked at together, at most ``together`` elements
     (1 GB in float32), or one layer.
@@ -207,12 +215,12 @@ def predict(
     result: dict[int, Suggestion] = {}
     for layers in _portions(model, [u.layer for u in unsharings], together):
         names = sorted({name for layer in layers for name in layer.tensors})
-        directing = mean_gradients(model, ours, loss, names)
-        measuring = mean_gradients(model, theirs, loss, names)
+        directing, spread = mean_gradients(model, ours, loss, names)
+        measuring, _ = mean_gradients(model, theirs, loss, names)
         for number, unsharing in enumerate(unsharings):
             if unsharing.layer not in layers:
                 continue
-            offsets, bases = step(model, unsharing, directing)
+            offsets, bases = step(model, unsharing, directing, spread if metric == "adam" else {})
             slope = sum(
                 float((_dense(measuring[name][use]) * offset).sum(dtype=torch.float64))
                 for name, uses in offsets.items()
@@ -233,20 +241,33 @@ def predict(
 
 def mean_gradients(
     model: nn.Module, batches: Sequence[Any], loss: Loss, names: Sequence[str]
-) -> Gradients[Use]:
-    """Each use's gradient, averaged over the batches."""
+) -> tuple[Gradients[Use], dict[str, Tensor]]:
+    """Each use's gradient, averaged over the batches, and the elementwise root mean square.
+
+    The latter is over batches and uses together: what Adam's second moment settles at.
+    """
     total: Gradients[Use] | None = None
+    squares: dict[str, Tensor] = {}
     for batch in batches:
         with per_use(model, names) as uses:
-            total = accumulate(total, uses.gradients(loss(model, batch)))
-    return {
-        name: {use: _dense(g) / len(batches) for use, g in found.items()}
-        for name, found in (total or {}).items()
+            found = uses.gradients(loss(model, batch))
+        for name, each in found.items():
+            square = torch.stack([_dense(g).square() for g in each.values()]).mean(0)
+            square = square / len(batches)
+            squares[name] = squares[name] + square if name in squares else square
+        total = accumulate(total, found)
+    mean: Gradients[Use] = {
+        name: {use: _dense(g) / len(batches) for use, g in each.items()}
+        for name, each in (total or {}).items()
     }
+    return mean, {name: square.sqrt() for name, square in squares.items()}
 
 
 def step(
-    model: nn.Module, unsharing: Unsharing, gradients: Gradients[Use]
+    model: nn.Module,
+    unsharing: Unsharing,
+    gradients: Gradients[Use],
+    spread: Mapping[str, Tensor],
 ) -> tuple[Offsets, dict[str, Tensor]]:
     """The step v that an unsharing makes possible, and the row space of its low-rank deltas."""
     offsets: Offsets = {}
@@ -258,11 +279,15 @@ def step(
         members = {use: g for use, g in grouped.items() if g is not None and use in found}
         if len(set(members.values())) < 2:
             continue
+        divisor = torch.ones_like(weight)
+        if name in spread:
+            # A thousandth of the mean keeps weights that hardly ever get a gradient at rest.
+            divisor = spread[name] + 1e-3 * spread[name].mean() + torch.finfo(weight.dtype).tiny
         overall = torch.stack([_dense(found[use]) for use in members]).mean(0)
         for number in sorted(set(members.values())):
             uses = [use for use, g in members.items() if g == number]
             deviation = torch.stack([_dense(found[use]) for use in uses]).mean(0) - overall
-            projected, basis = _project(unsharing, weight, deviation)
+            projected, basis = _project(unsharing, weight, deviation, divisor)
             if basis is not None and number > 0:
                 bases[f"{name}@{number}"] = basis
             if projected is not None:
@@ -271,18 +296,21 @@ def step(
 
 
 def _project(
-    unsharing: Unsharing, weight: Tensor, deviation: Tensor
+    unsharing: Unsharing, weight: Tensor, deviation: Tensor, divisor: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``deviation`` in the space the action can reach."""
+    """``deviation / divisor`` in the space the action can reach."""
     if unsharing.kind == "unshare" or (unsharing.kind == "scale" and weight.ndim < 2):
-        return deviation, None
+        return deviation / divisor, None
     if unsharing.kind == "scale":
-        rows, theirs = weight.flatten(1), deviation.flatten(1)
-        factor = (rows * theirs).sum(1) / rows.square().sum(1).clamp(min=1e-30)
+        # Of the factors themselves: their gradient, and what Adam would divide it by.
+        rows = weight.flatten(1)
+        slope = (rows * deviation.flatten(1)).sum(1)
+        scale = (rows * divisor.flatten(1)).norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+        factor = slope / (scale if bool((divisor != 1).any()) else scale.square())
         return (factor[:, None] * rows).view_as(weight), None
     if weight.ndim < 2:
         return None, None
-    flat = deviation.flatten(1).float()
+    flat = (deviation / divisor).flatten(1).float()
     rank = unsharing.rank_of(weight)
     u, s, vh = _leading(flat, rank)
     return ((u * s) @ vh).to(weight.dtype).view_as(weight), vh
