@@ -1,0 +1,248 @@
+"""Group convolutions over positions and orientations whose kernels are shared over equal pairs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from weightshare.equivariant.basis import KernelBasis
+from weightshare.equivariant.invariants import (
+    Mode,
+    fibre_invariants,
+    full_invariants,
+    spatial_invariants,
+    window,
+)
+from weightshare.equivariant.pairs import Pairs
+
+
+@dataclass
+class Kernels:
+    """Basis functions of one input, shared by all layers.
+
+    ``spatial`` (pairs, N, K), or (pairs, N', N, K) for the full convolution; None where every layer
+    computes it again to save memory. ``fibre`` (N, N, K) or None. ``weights`` (N,) integrate over
+    the sender's orientation.
+    """
+
+    pairs: Pairs
+    spatial: Tensor | None
+    fibre: Tensor | None
+    weights: Tensor
+    source: "BasisFunctions"
+    grid: Tensor | None
+
+
+class BasisFunctions(nn.Module):
+    """The networks behind the kernels: one of space and one of the sphere, or one of both.
+
+    Args:
+        grid: orientations, or None.
+        mode, chiral: see ``invariants``.
+        full: one basis of all invariants of a pair instead of a product of two.
+        hidden, basis, degree: see ``KernelBasis``.
+        window_cutoff: distance at which messages have faded to zero, or None.
+        length: unit in which differences of positions are measured.
+        recompute: keep no basis; every layer evaluates it again, in both passes.
+    """
+
+    def __init__(
+        self,
+        grid: Tensor | None,
+        mode: Mode,
+        chiral: bool,
+        full: bool,
+        hidden: int,
+        basis: int,
+        degree: int,
+        window_cutoff: float | None,
+        length: float,
+        recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.mode, self.chiral, self.full = mode, chiral, full
+        self.window_cutoff, self.length, self.recompute = window_cutoff, length, recompute
+        dim = 3 if grid is None else grid.shape[-1]
+        example = torch.ones(1, dim, dtype=torch.float64)
+        inputs = self._invariants(example, None if grid is None else grid.double()).shape[-1]
+        self.spatial = KernelBasis(inputs, hidden, basis, degree)
+        self.fibre: KernelBasis | None = None
+        if grid is not None and not full:
+            inputs = fibre_invariants(grid, mode).shape[-1]
+            self.fibre = KernelBasis(inputs, hidden, basis, degree)
+
+    def _invariants(self, delta: Tensor, grid: Tensor | None) -> Tensor:
+        delta = delta if self.length == 1 else delta / self.length
+        if self.full:
+            assert grid is not None
+            return full_invariants(delta, grid, self.mode, self.chiral)
+        return spatial_invariants(delta, grid, self.mode)
+
+    def evaluate(self, pairs: Pairs, grid: Tensor | None) -> Tensor:
+        """Basis of every pair, faded by the window and zero for padded senders."""
+        basis: Tensor = self.spatial(self._invariants(pairs.delta, grid))
+        fade = pairs.weight
+        if self.window_cutoff is not None:
+            u = window(pairs.delta, self.window_cutoff)
+            fade = u if fade is None else fade * u
+        if fade is None:
+            return basis
+        return basis * fade[(...,) + (None,) * (basis.ndim - fade.ndim)]
+
+    def forward(self, pairs: Pairs, grid: Tensor | None, weights: Tensor) -> Kernels:
+        """Everything the layers need of one input."""
+        spatial = None if self.recompute else self.evaluate(pairs, grid)
+        fibre = None
+        if self.fibre is not None and grid is not None:
+            fibre = self.fibre(fibre_invariants(grid, self.mode))
+        return Kernels(pairs, spatial, fibre, weights, self, grid)
+
+
+def spatial_message(field: Tensor, weight: Tensor, pairs: Pairs, basis: Tensor) -> Tensor:
+    r""":math:`x_1[i,o,c] = \sum_{j \to i} (W b_{ij,o})_c\, x[j,o,c]`.
+
+    The one place where pairs, orientations and channels meet: nearly all time and memory go here.
+    """
+    kernel = basis @ weight.T
+    return pairs.sum(kernel * pairs.senders(field))
+
+
+def full_message(
+    field: Tensor, weight: Tensor, pairs: Pairs, basis: Tensor, measure: Tensor
+) -> Tensor:
+    r""":math:`x_2[i,p,c] = \sum_{j\to i}\sum_o w_o\,(W b_{ij,o,p})_c\, x[j,o,c]`."""
+    kernel = basis @ weight.T
+    senders = pairs.senders(field) * measure[:, None]
+    return pairs.sum(torch.einsum("...opc,...oc->...pc", kernel, senders))
+
+
+class SeparableConv(nn.Module):
+    r"""Depth-wise convolution that is a product of space and sphere.
+
+    .. math::
+        x_1[i,o] = \sum_{j\to i} (W_s b_{ij,o}) \odot x[j,o], \qquad
+        x_2[i,p] = \sum_o w_o\,(W_f \beta_{o,p}) \odot x_1[i,o] + \text{bias}
+
+    Without orientations only the first step. Sums over senders are not divided by their number.
+
+    Shapes: field (..., N, C) -> (..., N, C).
+    """
+
+    def __init__(self, channels: int, basis: int, fibre: bool) -> None:
+        super().__init__()
+        self.spatial = nn.Linear(basis, channels, bias=False)
+        self.fibre = nn.Linear(basis, channels, bias=False) if fibre else None
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def over_space(self, field: Tensor, kernels: Kernels) -> Tensor:
+        """The first step."""
+        pairs, weight = kernels.pairs, self.spatial.weight
+        if kernels.spatial is not None:
+            return spatial_message(field, weight, pairs, kernels.spatial)
+
+        def again(field: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+            moved = pairs.at(delta)
+            return spatial_message(
+                field, weight, moved, kernels.source.evaluate(moved, kernels.grid)
+            )
+
+        # Non-reentrant: the reentrant kind cannot be differentiated twice.
+        found: Tensor = checkpoint(
+            again, field, weight, pairs.delta, use_reentrant=False, preserve_rng_state=False
+        )
+        return found
+
+    def over_sphere(self, field: Tensor, kernels: Kernels) -> Tensor:
+        """The second step, without bias."""
+        if self.fibre is None or kernels.fibre is None:
+            return field
+        kernel = self.fibre(kernels.fibre) * kernels.weights[:, None, None]
+        return torch.einsum("...oc,opc->...pc", field, kernel)
+
+    def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
+        return self.over_sphere(self.over_space(field, kernels), kernels) + self.bias
+
+    @torch.no_grad()
+    def calibrate_(self, field: Tensor, kernels: Kernels) -> None:
+        """Scale both kernels so that input and output have the same standard deviation."""
+        first = self.over_space(field, kernels)
+        self.spatial.weight.mul_(_ratio(field, first))
+        if self.fibre is not None:
+            first = self.over_space(field, kernels)
+            self.fibre.weight.mul_(_ratio(first, self.over_sphere(first, kernels)))
+
+
+class FullConv(nn.Module):
+    r"""Depth-wise convolution with one kernel of all invariants of a pair of point-orientations.
+
+    .. math:: x_2[i,p] = \sum_{j\to i}\sum_o w_o\,(W b_{ij,o,p}) \odot x[j,o] + \text{bias}
+
+    N times the cost of the separable one; with ``complete`` invariants it can express every
+    equivariant depth-wise kernel.
+    """
+
+    def __init__(self, channels: int, basis: int) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(basis, channels, bias=False)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def _message(self, field: Tensor, kernels: Kernels) -> Tensor:
+        pairs, weight, measure = kernels.pairs, self.kernel.weight, kernels.weights
+        if kernels.spatial is not None:
+            return full_message(field, weight, pairs, kernels.spatial, measure)
+
+        def again(field: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+            moved = pairs.at(delta)
+            basis = kernels.source.evaluate(moved, kernels.grid)
+            return full_message(field, weight, moved, basis, measure)
+
+        found: Tensor = checkpoint(
+            again, field, weight, pairs.delta, use_reentrant=False, preserve_rng_state=False
+        )
+        return found
+
+    def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
+        return self._message(field, kernels) + self.bias
+
+    @torch.no_grad()
+    def calibrate_(self, field: Tensor, kernels: Kernels) -> None:
+        """Scale the kernel so that input and output have the same standard deviation."""
+        self.kernel.weight.mul_(_ratio(field, self._message(field, kernels)))
+
+
+def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
+    """Quotient of the standard deviations; 1 where either vanishes, as for a zero input."""
+    a, b = wanted.std(), found.std()
+    usable = (a > 0) & (b > 0) & torch.isfinite(a / b)
+    return torch.where(usable, a / b, torch.ones_like(a))
+
+
+class ConvNextBlock(nn.Module):
+    r"""``x + γ · MLP(LayerNorm(conv(x)))``, the norm over channels, the MLP C → wC → C with GELU.
+
+    Args:
+        conv: a convolution of this file.
+        channels: C.
+        widening: w.
+        layer_scale: start of γ (ConvNeXt; 1e-6 for N-body), or None for no γ.
+    """
+
+    def __init__(
+        self, conv: SeparableConv | FullConv, channels: int, widening: int, layer_scale: float | None
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, widening * channels),
+            nn.GELU(),
+            nn.Linear(widening * channels, channels),
+        )
+        self.layer_scale = (
+            None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale))
+        )
+
+    def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
+        change: Tensor = self.mlp(self.norm(self.conv(field, kernels)))
+        return field + (change if self.layer_scale is None else self.layer_scale * change)

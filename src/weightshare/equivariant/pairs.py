@@ -1,0 +1,97 @@
+"""Which points speak to which: every pair of small graphs of one size, or a list of edges."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from weightshare.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sender minus receiver for every pair that exchanges a message, and how messages are summed.
+
+    *Dense*: ``delta`` (B, m, m, d) with receivers on the first m; ``weight`` (B, 1, m) is 0 for
+    padding. *Edges*: ``delta`` (E, d) with ``source`` and ``target`` (E,). Both give equal numbers.
+    """
+
+    delta: Tensor
+    nodes: int = 0
+    source: Tensor | None = None
+    target: Tensor | None = None
+    weight: Tensor | None = None
+
+    def senders(self, field: Tensor) -> Tensor:
+        """The field at the sender of every pair: (..., pairs, N, C)."""
+        return field.unsqueeze(-4) if self.source is None else field[self.source]
+
+    def sum(self, messages: Tensor) -> Tensor:
+        """Messages summed at their receiver."""
+        if self.target is None:
+            return messages.sum(-3)
+        out = messages.new_zeros(self.nodes, *messages.shape[1:])
+        return out.index_add(0, self.target, messages)
+
+    def at(self, delta: Tensor) -> "Pairs":
+        """The same pairs with other differences (for recomputation)."""
+        return replace(self, delta=delta)
+
+
+def dense_pairs(positions: Tensor, mask: Tensor | None = None) -> Pairs:
+    """All pairs within each of B graphs of m points, a point with itself included: (B, m, d)."""
+    delta = positions.unsqueeze(-3) - positions.unsqueeze(-2)
+    weight = None if mask is None else mask.unsqueeze(-2).to(positions.dtype)
+    return Pairs(delta, weight=weight)
+
+
+def edge_pairs(
+    positions: Tensor, edges: Tensor, offsets: Tensor | None = None, self_loops: bool = True
+) -> Pairs:
+    """Pairs of an edge list (2, E), row 0 the sender and row 1 the receiver.
+
+    ``offsets`` (E, d) is added to the sender's position (periodic images). With ``self_loops``
+    every point also hears itself, once, whether or not the list holds that edge.
+    """
+    if self_loops:
+        keep = edges[0] != edges[1]
+        if offsets is not None:
+            keep = keep | (offsets != 0).any(-1)
+            offsets = torch.cat([offsets[keep], offsets.new_zeros(len(positions), offsets.shape[1])])
+        loops = torch.arange(len(positions), device=edges.device).expand(2, -1)
+        edges = torch.cat([edges[:, keep], loops], 1)
+    source, target = edges
+    delta = positions[source] - positions[target]
+    if offsets is not None:
+        delta = delta + offsets
+    return Pairs(delta, len(positions), source, target)
+
+
+def full_edges(batch: Tensor) -> Tensor:
+    """Every ordered pair of different points of the same graph, (2, E)."""
+    same = batch[:, None] == batch[None, :]
+    same.fill_diagonal_(False)
+    return same.nonzero().T
+
+
+def equal_sizes(batch: Tensor, graphs: int) -> int | None:
+    """Points per graph where all have as many and stand one after another, else None."""
+    if graphs == 0 or len(batch) % graphs or len(batch) == 0:
+        return None
+    size = len(batch) // graphs
+    expected = torch.arange(graphs, device=batch.device).repeat_interleave(size)
+    return size if torch.equal(batch, expected) else None
+
+
+def check_edges(edges: Tensor, nodes: int) -> None:
+    """Refuse what is no edge list of so many points."""
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
+        raise UserError(
+            f"edges have shape {tuple(edges.shape)} and type {edges.dtype}; give (2, E) int64 with "
+            "senders in row 0 and receivers in row 1."
+        )
+    if edges.numel() and not edges.is_cuda and (edges.min() < 0 or edges.max() >= nodes):
+        raise UserError(
+            f"edges name points {int(edges.min())} to {int(edges.max())} of {nodes} points; "
+            f"use 0 to {nodes - 1}."
+        )

@@ -1,0 +1,368 @@
+"""PONITA: an equivariant network on point clouds by weight sharing over positions and orientations.
+
+After "Fast, Expressive SE(n) Equivariant Networks through Weight-Sharing in Position-Orientation
+Space" (Bekkers et al., ICLR 2024, arXiv 2310.02970).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from weightshare.equivariant import fields, grids
+from weightshare.equivariant.convolution import (
+    BasisFunctions,
+    ConvNextBlock,
+    FullConv,
+    Kernels,
+    SeparableConv,
+)
+from weightshare.equivariant.fields import Readout
+from weightshare.equivariant.invariants import MODES, Mode
+from weightshare.equivariant.neighbours import radius_edges
+from weightshare.equivariant.pairs import (
+    Pairs,
+    check_edges,
+    dense_pairs,
+    edge_pairs,
+    equal_sizes,
+    full_edges,
+)
+from weightshare.errors import UserError
+
+DENSE_POINTS = 64
+"""Graphs up to this size take the dense path when they are fully connected."""
+
+
+class Ponita(nn.Module):
+    r"""A network from tensors at points to tensors at points or graphs.
+
+    Every point carries a function on N orientations. A layer convolves it with kernels that depend
+    on pairs of points and orientations only through invariants (see ``invariants``), so that moving
+    the input moves the output. It is exactly equivariant to translations, to permutations, and to
+    the rotations that permute the grid (``grids.symmetries``); to all rotations of input and grid
+    together; approximately, the better the more orientations, to the rest. On the sphere
+    reflections count as rotations: only ``chiral`` full convolutions and rotation grids see
+    handedness.
+
+    Args:
+        scalars, vectors, tensors: input channels of each kind.
+        scalars_out, vectors_out, tensors_out: output channels of each kind.
+        orientations: N of the default grid, 0 for positions alone (PNITA). Paper: 16 (N-body), 20.
+        grid: own grid instead: (N, d) unit vectors or (N, 3, 3) rotations.
+        dim: 2 or 3.
+        hidden, layers, basis, widening, degree: C, L, K, w and the degree of the monomials; the
+            defaults are the published sizes.
+        invariants: ``smooth`` unless stated; ``reference`` are the published ones, whose
+            forces jump where a bond crosses an orientation.
+        convolution: ``separable`` as published, or ``full``.
+        chiral: add the determinant to the complete invariants of a full convolution.
+        cutoff: radius of the neighbour list that is built when no edges are given, and of the
+            window that fades messages out.
+        window_cutoff: radius of the window alone; default the cutoff.
+        self_loops: every point also hears itself.
+        layer_scale: start of the factor on every residual branch; None for none.
+        multiple_readouts: average a read-out of every layer (published for N-body and rMD17), else
+            read the last.
+        level: sum the read-outs over each graph, or not.
+        quadrature: integrate over the sphere with the areas nearest to each orientation instead of
+            equal weights.
+        vector_scale: factor on vectors read out (d undoes the mean of o oᵀ).
+        length: unit of length of the invariants.
+        recompute: do not keep the basis between layers and passes: less memory, more time.
+        random_grid: turn the grid at random in every forward pass (Monte-Carlo symmetrisation).
+    """
+
+    grid: Tensor | None
+    weights: Tensor
+
+    def __init__(
+        self,
+        scalars: int = 0,
+        vectors: int = 0,
+        tensors: int = 0,
+        *,
+        scalars_out: int = 0,
+        vectors_out: int = 0,
+        tensors_out: int = 0,
+        orientations: int = 20,
+        grid: Tensor | None = None,
+        dim: int = 3,
+        hidden: int = 128,
+        layers: int = 5,
+        basis: int = 256,
+        widening: int = 4,
+        degree: int = 3,
+        invariants: Mode = "smooth",
+        convolution: Literal["separable", "full"] = "separable",
+        chiral: bool = False,
+        cutoff: float | None = None,
+        window_cutoff: float | None = None,
+        self_loops: bool = True,
+        layer_scale: float | None = None,
+        multiple_readouts: bool = True,
+        level: Literal["node", "graph"] = "graph",
+        quadrature: bool = False,
+        vector_scale: float = 1.0,
+        length: float = 1.0,
+        recompute: bool = False,
+        random_grid: bool = False,
+    ) -> None:
+        super().__init__()
+        if grid is None and orientations > 0:
+            grid = grids.make_grid(orientations, dim)
+        if grid is not None:
+            grid = _checked_grid(grid, dim)
+        self.inputs = (scalars, vectors, tensors)
+        self.outputs = (scalars_out, vectors_out, tensors_out)
+        _check_options(
+            self.inputs, self.outputs, grid, invariants, convolution, chiral, (hidden, layers, basis)
+        )
+        self.dim, self.cutoff, self.self_loops = dim, cutoff, self_loops
+        self.level, self.vector_scale, self.random_grid = level, vector_scale, random_grid
+        n = 1 if grid is None else grid.shape[0]
+        weights = torch.full((n,), 1 / n, dtype=torch.float64)
+        if quadrature and grid is not None and grid.ndim == 2:
+            weights = grids.quadrature_weights(grid)
+        dtype = torch.get_default_dtype()
+        # Both are part of what was learnt: another grid is another network.
+        self.register_buffer("grid", None if grid is None else grid.to(dtype))
+        self.register_buffer("weights", weights.to(dtype))
+        full = convolution == "full"
+        self.functions = BasisFunctions(
+            grid, invariants, chiral, full, hidden, basis, degree,
+            cutoff if window_cutoff is None else window_cutoff, length, recompute,
+        )  # fmt: skip
+        self.embed = nn.Linear(fields.fibre_channels(grid, *self.inputs), hidden, bias=False)
+        self.blocks = nn.ModuleList(
+            ConvNextBlock(
+                FullConv(hidden, basis) if full else SeparableConv(hidden, basis, grid is not None),
+                hidden,
+                widening,
+                layer_scale,
+            )
+            for _ in range(layers)
+        )
+        channels = fields.fibre_channels(grid, *self.outputs)
+        self.readouts = nn.ModuleList(
+            nn.Linear(hidden, channels) if multiple_readouts or last else nn.Identity()
+            for last in [False] * (layers - 1) + [True]
+        )
+
+    def forward(
+        self,
+        positions: Tensor,
+        scalars: Tensor | None = None,
+        vectors: Tensor | None = None,
+        tensors: Tensor | None = None,
+        *,
+        edges: Tensor | Literal["full"] | None = None,
+        offsets: Tensor | None = None,
+        batch: Tensor | None = None,
+        graphs: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Readout:
+        """Read-outs of points or graphs.
+
+        Either B graphs of m points each, all pairs connected: positions (B, m, d), scalars
+        (B, m, S), ..., and ``mask`` (B, m), False at padding; or n points: positions (n, d),
+        scalars (n, S), ..., with ``batch`` (n,) naming the graph of each (one graph without it).
+
+        Args:
+            edges: (2, E) senders and receivers, or "full"; without, the cutoff builds them.
+            offsets: (E, d) added to the sender's position, for periodic images.
+            graphs: number of graphs, where the last may be empty.
+
+        Raises:
+            UserError: shapes do not fit, coordinates are not finite, edges are missing.
+        """
+        self._check(positions, (scalars, vectors, tensors), edges, offsets, batch, mask)
+        inputs = [positions, scalars, vectors, tensors]
+        if positions.ndim == 3:
+            if mask is not None:
+                inputs = [_silenced(one, mask) for one in inputs]
+            field, kernels = self._start(dense_pairs(inputs[0], mask), *inputs[1:])
+            return self._finish(field, kernels, mask=mask)
+        points = len(positions)
+        if batch is None:
+            batch = torch.zeros(points, dtype=torch.int64, device=positions.device)
+            graphs = 1 if graphs is None else graphs
+        if graphs is None:
+            graphs = int(batch.max()) + 1 if points else 0
+        if isinstance(edges, str):
+            size = equal_sizes(batch, graphs) if self.self_loops else None
+            if size is not None and size <= DENSE_POINTS:
+                stacked = [None if x is None else x.unflatten(0, (graphs, size)) for x in inputs]
+                field, kernels = self._start(dense_pairs(stacked[0]), *stacked[1:])
+                found = self._finish(field, kernels)
+                if self.level == "graph":
+                    return found
+                return Readout(*(one.flatten(0, 1) for one in found))
+            edges = full_edges(batch)
+        elif edges is None:
+            assert self.cutoff is not None
+            edges = radius_edges(positions.detach(), self.cutoff, batch)
+        pairs = edge_pairs(positions, edges, offsets, self.self_loops)
+        field, kernels = self._start(pairs, *inputs[1:])
+        return self._finish(field, kernels, batch=batch, graphs=graphs)
+
+    def _start(self, pairs: Pairs, *inputs: Tensor | None) -> tuple[Tensor, Kernels]:
+        """The lifted, embedded field and the kernels' basis."""
+        grid = self.grid
+        if self.random_grid and grid is not None:
+            turn = grids.random_rotations(1, self.dim)[0].to(grid)
+            grid = grid @ turn.T if grid.ndim == 2 else turn @ grid
+        kernels: Kernels = self.functions(pairs, grid, self.weights)
+        return self.embed(fields.lift(grid, *inputs)), kernels
+
+    def _finish(
+        self,
+        field: Tensor,
+        kernels: Kernels,
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
+        graphs: int | None = None,
+    ) -> Readout:
+        total, count = None, 0
+        for block, readout in zip(self.blocks, self.readouts, strict=True):
+            field = block(field, kernels)
+            if isinstance(readout, nn.Linear):
+                said = readout(field)
+                total, count = (said if total is None else total + said), count + 1
+        assert total is not None
+        found = fields.read(kernels.grid, self.weights, total / count, *self.outputs)
+        if self.vector_scale != 1:
+            found = found._replace(vectors=found.vectors * self.vector_scale)
+        if mask is not None:
+            found = Readout(*(_silenced(one, mask) for one in found))
+        if self.level == "node":
+            return found
+        if batch is None:
+            return Readout(found.scalars.sum(-2), found.vectors.sum(-3), found.tensors.sum(-4))
+        return Readout(*(_per_graph(one, batch, graphs or 0) for one in found))
+
+    @torch.no_grad()
+    def calibrate_(self, *inputs: Tensor, **options: object) -> None:
+        """Scale the kernels, layer by layer, so that every convolution keeps the spread of its
+        input on this batch (arguments as for the forward pass). Called once, before training; the
+        forward pass never changes weights. With several processes, broadcast the weights after."""
+        hooks = [
+            block.conv.register_forward_pre_hook(
+                lambda conv, given: conv.calibrate_(*given)
+            )
+            for block in self.blocks
+        ]
+        try:
+            self(*inputs, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check(
+        self,
+        positions: Tensor,
+        inputs: tuple[Tensor | None, ...],
+        edges: Tensor | str | None,
+        offsets: Tensor | None,
+        batch: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        d = self.dim
+        if positions.ndim not in (2, 3) or positions.shape[-1] != d:
+            raise UserError(
+                f"positions have shape {tuple(positions.shape)}; give (points, {d}), or "
+                f"(graphs, points, {d}) for fully connected graphs of one size."
+            )
+        lead = positions.shape[:-1]
+        rows = zip(("scalars", "vectors", "tensors"), inputs, self.inputs, range(3), strict=True)
+        for name, given, channels, rank in rows:
+            wanted = (*lead, channels, *(d,) * rank)
+            if (given is None) != (channels == 0) or (
+                given is not None and tuple(given.shape) != wanted
+            ):
+                shape = "nothing" if given is None else tuple(given.shape)
+                need = wanted if channels else "nothing"
+                raise UserError(f"{name}: the network takes {need} here and was given {shape}.")
+        if not positions.is_cuda and not bool(torch.isfinite(positions).all()):
+            good = torch.isfinite(positions).all(-1)
+            if mask is None or bool((~good & mask).any()):
+                raise UserError(
+                    "positions hold a coordinate that is not finite; remove or repair that point."
+                )
+        if positions.ndim == 3:
+            if edges is not None or batch is not None:
+                raise UserError(
+                    "Graphs given as (graphs, points, d) are fully connected; leave out edges and "
+                    "batch, or give points as (points, d)."
+                )
+            return
+        if batch is not None and tuple(batch.shape) != tuple(lead):
+            raise UserError(f"batch has shape {tuple(batch.shape)}; give {tuple(lead)}.")
+        if isinstance(edges, Tensor):
+            check_edges(edges, lead[0])
+            if offsets is not None and tuple(offsets.shape) != (edges.shape[1], d):
+                raise UserError(
+                    f"offsets have shape {tuple(offsets.shape)}; give {(edges.shape[1], d)}."
+                )
+        elif edges is None and self.cutoff is None:
+            raise UserError(
+                "No edges: give edges (2, E), edges='full', or build the network with a cutoff."
+            )
+        elif edges is not None and edges != "full":
+            raise UserError(f"edges is {edges!r}; give a tensor (2, E) or 'full'.")
+
+
+def _checked_grid(grid: Tensor, dim: int) -> Tensor:
+    grid = grid.double()
+    if tuple(grid.shape[1:]) not in ((dim,), (3, 3)) or len(grid) == 0:
+        raise UserError(
+            f"The grid has shape {tuple(grid.shape)}; give (N, {dim}) unit vectors or (N, 3, 3) "
+            "rotations."
+        )
+    if grid.ndim == 2:
+        wrong = (grid.norm(dim=-1) - 1).abs().max()
+    else:
+        wrong = (grid @ grid.mT - torch.eye(3, dtype=grid.dtype)).abs().max()
+    if not wrong < 1e-4:
+        raise UserError("The grid's orientations must have length 1 (rotations: be orthogonal).")
+    return grid
+
+
+def _check_options(
+    inputs: tuple[int, int, int],
+    outputs: tuple[int, int, int],
+    grid: Tensor | None,
+    invariants: str,
+    convolution: str,
+    chiral: bool,
+    sizes: tuple[int, int, int],
+) -> None:
+    if not any(inputs) or not any(outputs):
+        raise UserError("Give at least one input and one output channel (scalars, vectors...).")
+    if min(*inputs, *outputs) < 0 or min(sizes) < 1:
+        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
+    if grid is None and any([*inputs[1:], *outputs[1:]]):
+        raise UserError("Vectors and tensors need orientations; give orientations >= 1.")
+    if invariants not in MODES:
+        raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
+    if convolution not in ("separable", "full"):
+        raise UserError(f"convolution is {convolution!r}; give separable or full.")
+    if convolution == "full" and grid is None:
+        raise UserError("A full convolution needs orientations; give orientations >= 1.")
+    sphere = grid is not None and grid.ndim == 2 and grid.shape[-1] == 3
+    if chiral and not (sphere and invariants == "complete" and convolution == "full"):
+        raise UserError(
+            "chiral needs a full convolution on the sphere with complete invariants; a separable "
+            "one cannot see handedness."
+        )
+
+
+def _silenced(x: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Zero at padding, whatever stands there (NaN included)."""
+    if x is None:
+        return None
+    return torch.where(mask[(...,) + (None,) * (x.ndim - mask.ndim)], x, torch.zeros_like(x))
+
+
+def _per_graph(x: Tensor, batch: Tensor, graphs: int) -> Tensor:
+    return x.new_zeros(graphs, *x.shape[1:]).index_add(0, batch, x)
