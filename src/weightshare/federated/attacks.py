@@ -1,0 +1,144 @@
+"""What adversaries send instead of their update, as RFFL's evaluation and its successors define it.
+
+An attack is a function of the honestly trained update and of what the adversary knows. Those that
+need the updates of honest participants (``inner_product``, ``alie``, ``mimic``) are given them: the
+strongest adversary there is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weightshare.federated.vectors import Vector
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What an adversary knows in a round."""
+
+    round: int
+    draw: np.random.Generator
+    """Its own randomness."""
+    common: np.random.Generator
+    """Randomness that all adversaries share, for those who act as one."""
+    honest: Sequence[Vector] = ()
+    """This round's updates of the honest participants."""
+    last_reward: Vector | None = None
+    last_sent: Vector | None = None
+
+
+Transform = Callable[[Vector, Situation], Vector]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``transform`` turns the honest update into what is sent; the other fields act before."""
+
+    transform: Transform
+    flip: tuple[int, int] | None = None
+    """Samples of the first class carry the label of the second."""
+    claims: float = 1.0
+    """By what the claimed number of samples is multiplied."""
+
+
+def free_rider(update: Vector, now: Situation) -> Vector:
+    """Entries uniform in (-1, 1)."""
+    return now.draw.uniform(-1, 1, len(update)).astype(np.float32)
+
+
+def honest(update: Vector, now: Situation) -> Vector:
+    """The update itself."""
+    return update
+
+
+def sign_randomise(update: Vector, now: Situation) -> Vector:
+    """Each entry with a random sign."""
+    return update * now.draw.choice(np.array([-1, 1], np.float32), len(update))
+
+
+def rescale(update: Vector, now: Situation) -> Vector:
+    """Each entry times ``10 · U(-10, 10)``: not a positive factor."""
+    return update * (10 * now.draw.uniform(-10, 10, len(update))).astype(np.float32)
+
+
+def value_invert(update: Vector, now: Situation) -> Vector:
+    """Each entry with probability ½ replaced by ``1 / (x + 10⁻¹⁰)``."""
+    inverse = 1 / (update.astype(np.float64) + 1e-10)
+    chosen = now.draw.random(len(update)) < 0.5
+    return np.where(chosen, inverse, update).astype(np.float32)
+
+
+def sign_flip(update: Vector, now: Situation) -> Vector:
+    """The negative."""
+    return -update
+
+
+def scaled(update: Vector, now: Situation) -> Vector:
+    """A million times too long."""
+    return update * np.float32(1e6)
+
+
+def inner_product(update: Vector, now: Situation, factor: float = 2.0) -> Vector:
+    """``-τ`` times the honest mean, τ = 2 (inner product manipulation, Xie et al. 2019)."""
+    return (-factor * _mean(now, update)).astype(np.float32)
+
+
+def alie(update: Vector, now: Situation, deviations: float = 1.5) -> Vector:
+    """Honest mean minus 1.5 standard deviations ("A Little Is Enough", Baruch et al. 2019)."""
+    if not now.honest:
+        return update
+    spread = np.std(np.stack(now.honest), axis=0)
+    return (_mean(now, update) - deviations * spread).astype(np.float32)
+
+
+def identical(update: Vector, now: Situation) -> Vector:
+    """One random direction, the same for all adversaries and all rounds, as long as the update."""
+    direction = now.common.standard_normal(len(update)).astype(np.float32)
+    return direction * np.float32(np.linalg.norm(update) / np.linalg.norm(direction))
+
+
+def mimic(update: Vector, now: Situation) -> Vector:
+    """A copy of one honest participant's update (Karimireddy et al. 2022)."""
+    return now.honest[0].copy() if now.honest else update
+
+
+def replay(update: Vector, now: Situation) -> Vector:
+    """The last reward, sent back; before there is one, the first update."""
+    if now.last_reward is not None and now.last_reward.any():
+        return now.last_reward
+    return update if now.last_sent is None else now.last_sent
+
+
+def zero(update: Vector, now: Situation) -> Vector:
+    """Nothing."""
+    return np.zeros_like(update)
+
+
+def late(update: Vector, now: Situation, honest_rounds: int = 12) -> Vector:
+    """Honest for 12 rounds, then the negative."""
+    return update if now.round <= honest_rounds else -update
+
+
+def _mean(now: Situation, otherwise: Vector) -> Vector:
+    return np.mean(np.stack(now.honest), axis=0) if now.honest else otherwise
+
+
+ATTACKS: dict[str, Attack] = {
+    "free_rider": Attack(free_rider),
+    "label_flip": Attack(honest, flip=(1, 7)),
+    "sign_randomise": Attack(sign_randomise),
+    "rescale": Attack(rescale),
+    "value_invert": Attack(value_invert),
+    "sign_flip": Attack(sign_flip),
+    "scaled": Attack(scaled),
+    "inner_product": Attack(inner_product),
+    "alie": Attack(alie),
+    "identical": Attack(identical),
+    "mimic": Attack(mimic),
+    "replay": Attack(replay),
+    "zero": Attack(zero),
+    "late": Attack(late),
+    "count_lie": Attack(sign_flip, claims=1e6),
+}
+"""Attacks by name."""

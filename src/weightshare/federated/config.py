@@ -1,0 +1,281 @@
+"""Settings of a federation. Standard library only: ``weightshare federate --help`` reads this."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+from weightshare.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReputationConfig:
+    """The rules by which updates become reputations, and reputations rewards.
+
+    Defaults are RFFL's (Xu & Lyu, arXiv 2011.10464) where its text and its code agree, and safer
+    where they do not; ``ReputationConfig.reference()`` is the authors' code.
+
+    Args:
+        normalisation: clip long updates to norm, or bring every update to exactly that length.
+        norm: the length (0.5 for MNIST-sized problems in the paper).
+        start: reputation before the first round: zero, uniform, or the attested shares of samples.
+        first_weights: weights of the first aggregate: uniform, attested shares of samples, or those
+            with none above twice the mean (capped).
+        smoothing: share of the old reputation that is kept each round (0.95 in the paper).
+        smooth_shares: mix in the cosines' shares, whose sum is one, so that the memory is exactly
+            smoothing; otherwise it gets shorter as participants get more.
+        threshold: a participant below threshold divided by the number of live ones is removed
+            (1/3 in the paper).
+        patience: rounds a participant is assessed before it can be removed (10 in the paper).
+        gate: withhold the whole reward from whoever is below the threshold, from the first round.
+        reward: quota of a participant: reputation relative to the best (relative), the same through
+            tanh (tanh, as CGSV), or everything (full).
+        altruism: slope of the tanh; the larger, the more equal the quotas.
+        quota: the largest entries of the whole aggregate (global), or of each tensor (layer, as the
+            reference's code).
+        keep_own: a participant keeps its own (clipped) update beside the reward.
+        subtract_own: take a participant's own share out of its reward.
+        leave_one_out: compare an update with the aggregate of the others.
+        clamp: least reputation before normalising (0; CGSV's code 0.001).
+        duplicates: updates of at least this cosine are copies: they share one vote and one credit;
+            0 looks for none.
+        budget: most removals within window rounds; 0 is no limit.
+        window: rounds over which the budget counts.
+        quorum: live participants below whose number nobody is removed.
+        misses: rounds in a row without a valid answer after which a participant is inactive.
+        observe: say who would be removed and remove nobody.
+    """
+
+    normalisation: Literal["clip", "exact"] = "clip"
+    norm: float = 0.5
+    start: Literal["zero", "uniform", "attested"] = "zero"
+    first_weights: Literal["uniform", "attested", "capped"] = "uniform"
+    smoothing: float = 0.95
+    smooth_shares: bool = False
+    threshold: float = 1 / 3
+    patience: int = 10
+    gate: bool = True
+    reward: Literal["relative", "tanh", "full"] = "relative"
+    altruism: float = 1.0
+    quota: Literal["global", "layer"] = "global"
+    keep_own: bool = True
+    subtract_own: bool = False
+    leave_one_out: bool = False
+    clamp: float = 0.0
+    duplicates: float = 0.0
+    budget: int = 0
+    window: int = 10
+    quorum: int = 1
+    misses: int = 5
+    observe: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "smoothing": (0, 1),
+            "threshold": (0, 1),
+            "clamp": (0, 1),
+            "duplicates": (0, 1),
+            "patience": (0, None),
+            "budget": (0, None),
+            "window": (1, None),
+            "quorum": (1, None),
+            "misses": (1, None),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not (value >= low and (high is None or value <= high)):
+                allowed = f"a number >= {low}" if high is None else f"a number from {low} to {high}"
+                raise UserError(f"{name} is {value}; give {allowed}.")
+        for name in ("norm", "altruism"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0.")
+        if self.normalisation == "exact" and not isfinite(self.norm):
+            raise UserError("An infinite norm cannot be exact; give a number, or clip.")
+        if self.smoothing == 1 and self.start == "zero":
+            raise UserError(
+                "smoothing is 1 and reputations start at zero, so they would never move; "
+                "give a smoothing below 1 or another start."
+            )
+
+    @classmethod
+    def reference(cls) -> "ReputationConfig":
+        """The authors' code: attested first weights, quota per tensor, nothing withheld early."""
+        return cls(first_weights="attested", quota="layer", gate=False)
+
+    @classmethod
+    def cgsv(cls, altruism: float = 1.0) -> "ReputationConfig":
+        """CGSV (Xu et al., NeurIPS 2021): exact normalisation, no own update, quota by tanh."""
+        return cls(
+            normalisation="exact",
+            start="uniform",
+            keep_own=False,
+            clamp=1e-3,
+            reward="tanh",
+            altruism=altruism,
+            gate=False,
+        )
+
+    @classmethod
+    def robust(cls) -> "ReputationConfig":
+        """The one setting of our tables: no own update, no self-credit, copies share a vote."""
+        return cls(
+            normalisation="exact", keep_own=False, leave_one_out=True, duplicates=0.98, patience=5
+        )
+
+
+@dataclass
+class FederateConfig:
+    """Train a federation in which contribution earns the model and attackers lose it.
+
+    Args:
+        data: digits (ships with the library), or mnist or fashion_mnist in WEIGHTSHARE_DATA.
+        participants: honest participants.
+        partition: how the samples are dealt: equal parts (uniform), sizes on a line from 1 to 16
+            (power), 1 to all classes (classes), or class shares from a Dirichlet law.
+        attack: what the adversaries do.
+        adversaries: how many, beside the honest ones; each holds half an honest share of samples.
+        strategy: the server's rule. reputation, reference, cgsv and robust are settings of
+            RFFL's; the others send everyone the same model.
+        rounds: rounds of training.
+        epochs: passes over the own samples in a round.
+        batch_size: samples per local step.
+        learning_rate: of plain SGD.
+        decay: of the learning rate, per local epoch.
+        hidden: width of the hidden layer.
+        samples: training samples over all participants; 0 takes all there are.
+        root_samples: trusted samples at the server (fltrust needs them; robust uses them if given).
+        training: one participant after another (loop) or all at once (stacked).
+        observe: say who would be removed and remove nobody.
+        checkpoint_every: rounds between the server's checkpoints.
+        out: the run directory.
+        resume: go on with a run that was interrupted.
+        dry_run: say what would be done, and stop.
+        seed: of everything random.
+        device: cpu; federations of this size are quickest there.
+    """
+
+    data: str
+    participants: int = 10
+    partition: Literal["uniform", "power", "classes", "dirichlet"] = "uniform"
+    attack: Literal[
+        "none",
+        "free_rider",
+        "label_flip",
+        "sign_randomise",
+        "rescale",
+        "value_invert",
+        "sign_flip",
+        "scaled",
+        "inner_product",
+        "alie",
+        "identical",
+        "mimic",
+        "replay",
+        "zero",
+        "late",
+        "count_lie",
+    ] = "none"
+    adversaries: int = 0
+    strategy: Literal[
+        "reputation",
+        "reference",
+        "cgsv",
+        "robust",
+        "fedavg",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "qfedavg",
+        "geometric_median",
+        "foolsgold",
+        "fltrust",
+    ] = "reputation"
+    rounds: int = 30
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 0.15
+    decay: float = 0.977
+    hidden: int = 64
+    samples: int = 0
+    root_samples: int = 0
+    training: Literal["loop", "stacked"] = "stacked"
+    observe: bool = False
+    checkpoint_every: int = 5
+    out: str = "runs/federate"
+    resume: bool = False
+    dry_run: bool = False
+    seed: int = 0
+    device: Literal["cpu", "auto"] = "cpu"
+
+    def check(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            UserError: a number out of range, or options that do not go together.
+        """
+        least = {
+            "participants": 1,
+            "adversaries": 0,
+            "rounds": 1,
+            "epochs": 1,
+            "batch_size": 1,
+            "hidden": 1,
+            "samples": 0,
+            "root_samples": 0,
+            "checkpoint_every": 1,
+            "seed": 0,
+        }
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"--{option} is {getattr(self, name)}; give a whole number >= {low}."
+                )
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning-rate is {self.learning_rate}; give a number above 0.")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"--decay is {self.decay}; give a number above 0 and at most 1.")
+        if self.adversaries and self.attack == "none":
+            raise UserError(
+                f"--adversaries is {self.adversaries} but no attack is given; add --attack NAME."
+            )
+        if self.attack != "none" and not self.adversaries:
+            raise UserError(f"--attack {self.attack} needs adversaries; add --adversaries N.")
+        if self.strategy == "fltrust" and not self.root_samples:
+            raise UserError(
+                "fltrust compares updates with one of the server's own; add --root-samples, as 50."
+            )
+        if self.observe and self.strategy not in ("reputation", "reference", "cgsv", "robust"):
+            raise UserError(
+                f"--observe watches reputations, which {self.strategy} has not; "
+                "leave it out or choose --strategy reputation."
+            )
+
+    def rules(self) -> ReputationConfig | None:
+        """The reputation rules of the strategy; None where it has none."""
+        from dataclasses import replace
+
+        presets = {
+            "reputation": ReputationConfig(),
+            "reference": ReputationConfig.reference(),
+            "cgsv": ReputationConfig.cgsv(),
+            "robust": ReputationConfig.robust(),
+        }
+        found = presets.get(self.strategy)
+        return replace(found, observe=self.observe) if found else None
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """How a participant trains between two rounds.
+
+    The learning rate of local epoch e (counted over all rounds) is ``learning_rate * decay ** e``;
+    order of samples and rate are functions of the round, so a participant that has lost everything
+    but its data goes on as before.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 0.15
+    decay: float = 0.977
+    seed: int = 0

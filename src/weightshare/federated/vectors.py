@@ -1,0 +1,56 @@
+"""Norms, products and sums of long float32 vectors: one pass each, block by block.
+
+Blocks keep an operand in the cache and the sums in double precision; nothing is copied.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+BLOCK = 1 << 15
+SAFE = (1e-20, 1e30)
+"""Sums of float32 products that neither lost small terms nor overflowed."""
+
+
+def squared_norm(vector: Vector) -> float:
+    """``Σ x²`` in double precision; NaN or infinite exactly where the vector is."""
+    total = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(vector), BLOCK):
+            part = vector[start : start + BLOCK]
+            total += float(np.dot(part, part))
+    if SAFE[0] < total < SAFE[1]:
+        return total
+    # Entries beyond 1e15 overflow a float32 product, those below 1e-19 vanish in it.
+    wide = (
+        vector[start : start + BLOCK].astype(np.float64) for start in range(0, len(vector), BLOCK)
+    )
+    return sum(float(np.dot(part, part)) for part in wide)
+
+
+def products(rows: Sequence[Vector], vector: Vector) -> NDArray[np.float64]:
+    """``⟨row_i, vector⟩`` for every row."""
+    result = np.zeros(len(rows))
+    for start in range(0, len(vector), BLOCK):
+        part = vector[start : start + BLOCK]
+        for i, row in enumerate(rows):
+            result[i] += float(np.dot(row[start : start + BLOCK], part))
+    return result
+
+
+def weighted_sum(rows: Sequence[Vector], weights: Sequence[float]) -> Vector:
+    """``Σ_i weights_i · rows_i``, added in the order of the rows."""
+    total = np.zeros(len(rows[0]), np.float32)
+    scaled = np.empty(BLOCK, np.float32)
+    factors = [np.float32(weight) for weight in weights]
+    for start in range(0, len(total), BLOCK):
+        into = total[start : start + BLOCK]
+        room = scaled[: len(into)]
+        for row, factor in zip(rows, factors, strict=True):
+            if factor:
+                np.multiply(row[start : start + BLOCK], factor, out=room)
+                into += room
+    return total
