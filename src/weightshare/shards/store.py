@@ -1,0 +1,82 @@
+"""The pools of a model and what is gathered from them: what the tuner and its layers share."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from weightshare.shards.gather import Table, gather_all, gather_one
+
+Rows = tuple[tuple[Tensor, ...], int]
+"""Shards of every module of a pool, and the pool's version they were gathered from."""
+
+
+class PoolStore:
+    """Pools by adapter and key, with their tables of uses.
+
+    ``pools`` is the one registered home of the parameters (on the tuner): a layer that registered
+    them too would be saved, counted and cast once more. Layers hold this object instead, which is
+    no module. Inside ``gathered`` the shards of all modules are at hand; outside, a module gathers
+    its own.
+    """
+
+    def __init__(self, pools: nn.ModuleDict) -> None:
+        self.pools = pools
+        self.tables: dict[str, dict[str, Table]] = {}
+        self._rows: dict[tuple[str, str], Rows] | None = None
+
+    def pool(self, adapter: str, key: str) -> Tensor:
+        """One pool, (rows, width)."""
+        return self.pools[adapter][key]  # type: ignore[index,return-value]
+
+    def forget(self, adapter: str | None = None) -> None:
+        """Build the tables again at their next use."""
+        for name, tables in self.tables.items():
+            if adapter in (None, name):
+                for table in tables.values():
+                    table.forget()
+
+    def remove(self, adapter: str) -> None:
+        """Drop an adapter's pools and tables."""
+        self.tables.pop(adapter, None)
+        if adapter in self.pools:
+            del self.pools[adapter]
+
+    @contextmanager
+    def gathered(self, adapters: Iterable[str], dtype: torch.dtype) -> Iterator[None]:
+        """Inside, one gather per pool serves every module. Nested, the outer one serves."""
+        if self._rows is not None:
+            yield
+            return
+        rows: dict[tuple[str, str], Rows] = {}
+        for adapter in adapters:
+            for key, table in self.tables.get(adapter, {}).items():
+                pool = self.pool(adapter, key)
+                parts = gather_all(pool, table.prepare(pool.device), dtype)
+                rows[adapter, key] = parts, pool._version
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def rows(
+        self, adapter: str, key: str, member: int, index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The shards of one module, (r * l, width) in ``dtype``."""
+        pool = self.pool(adapter, key)
+        if self._rows is not None and (adapter, key) in self._rows:
+            parts, version = self._rows[adapter, key]
+            part = parts[member]
+            # Gathered before the pool changed, in another type, or without a gradient: no use.
+            usable = part.requires_grad or not (pool.requires_grad and torch.is_grad_enabled())
+            if version == pool._version and part.dtype == dtype and usable:
+                return part
+        table = self.tables[adapter][key]
+        scale = None
+        if table.scale_by_use:
+            table.prepare(pool.device)
+            assert table.scale is not None
+            scale = table.scale[table.span(member)]
+        return gather_one(pool, index.to(pool.device), dtype, scale)
