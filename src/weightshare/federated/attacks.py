@@ -25,7 +25,6 @@ class Situation:
     honest: Sequence[Vector] = ()
     """This round's updates of the honest participants."""
     last_reward: Vector | None = None
-    last_sent: Vector | None = None
 
 
 Transform = Callable[[Vector, Situation], Vector]
@@ -104,10 +103,8 @@ def mimic(update: Vector, now: Situation) -> Vector:
 
 
 def replay(update: Vector, now: Situation) -> Vector:
-    """The last reward, sent back; before there is one, the first update."""
-    if now.last_reward is not None and now.last_reward.any():
-        return now.last_reward
-    return update if now.last_sent is None else now.last_sent
+    """The last reward, sent back; where there was none, the honest update."""
+    return update if now.last_reward is None else now.last_reward
 
 
 def zero(update: Vector, now: Situation) -> Vector:

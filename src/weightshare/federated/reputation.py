@@ -21,6 +21,7 @@ Everything goes by a participant's name, in the order of names: positions and ti
 no influence, not even on rounding.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite, sqrt, tanh
@@ -320,7 +321,10 @@ def copies_among(
     if len(alive) < 2:
         return []
     sketch = CountSketch()
-    kept = [sketch("update", torch.from_numpy(rows[i])) / norms[i] for i in alive]
+    with warnings.catch_warnings():
+        # Rows are read-only views of messages; torch warns of writing to them, which nobody does.
+        warnings.simplefilter("ignore", UserWarning)
+        kept = [sketch("update", torch.from_numpy(rows[i])) / norms[i] for i in alive]
     near = inner_products(kept, kept).numpy() >= threshold
     groups: list[set[int]] = []
     for i in range(len(alive)):

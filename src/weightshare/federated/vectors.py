@@ -25,10 +25,9 @@ def squared_norm(vector: Vector) -> float:
     if SAFE[0] < total < SAFE[1]:
         return total
     # Entries beyond 1e15 overflow a float32 product, those below 1e-19 vanish in it.
-    wide = (
-        vector[start : start + BLOCK].astype(np.float64) for start in range(0, len(vector), BLOCK)
-    )
-    return sum(float(np.dot(part, part)) for part in wide)
+    with np.errstate(invalid="ignore"):
+        wide = [vector[s : s + BLOCK].astype(np.float64) for s in range(0, len(vector), BLOCK)]
+        return sum(float(np.dot(part, part)) for part in wide)
 
 
 def products(rows: Sequence[Vector], vector: Vector) -> NDArray[np.float64]:

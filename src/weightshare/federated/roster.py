@@ -1,0 +1,66 @@
+"""Who may take part: names bound to the keys with which SuperNodes authenticate.
+
+Reputation goes by these names, never by a node id, a partition id or anything a client says.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightshare.errors import UserError
+
+
+def fingerprint(public_key: bytes) -> str:
+    """SHA-256 of a public key as Flower stores it, in hexadecimal."""
+    return hashlib.sha256(public_key.strip()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Fingerprint of each participant's key, by name.
+
+    Raises:
+        UserError: no participants, an odd fingerprint, or one key for two names.
+    """
+
+    fingerprints: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.fingerprints:
+            raise UserError("The roster is empty; give at least one participant and its key.")
+        for name, value in self.fingerprints.items():
+            if len(value) != 64 or set(value) - set("0123456789abcdef"):
+                raise UserError(
+                    f"The roster has {value!r} for {name}; give the key's SHA-256 as 64 "
+                    "hexadecimal digits."
+                )
+        if len(set(self.fingerprints.values())) < len(self.fingerprints):
+            raise UserError("Two participants of the roster have the same key; give each its own.")
+
+    @classmethod
+    def of_keys(cls, keys: Mapping[str, bytes]) -> "Roster":
+        """From the public keys themselves."""
+        return cls({name: fingerprint(key) for name, key in keys.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Roster":
+        """From a JSON file ``{"name": "fingerprint", ...}``.
+
+        Raises:
+            UserError: the file cannot be read or is not a roster.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = {str(name): str(value) for name, value in content.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not a roster ({error}); give a JSON object of names and fingerprints."
+            ) from error
+        return cls(found)
+
+    def name_of(self, public_key: bytes) -> str | None:
+        """The participant with this key; None where it is not in the roster."""
+        wanted = fingerprint(public_key)
+        return next((n for n, value in self.fingerprints.items() if value == wanted), None)

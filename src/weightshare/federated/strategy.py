@@ -1,0 +1,517 @@
+"""RFFL as a strategy of Flower's message API: one personal message per participant."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from weightshare.errors import UserError
+from weightshare.federated import flower, wire
+from weightshare.federated.audit_log import AuditLog
+from weightshare.federated.config import ReputationConfig
+from weightshare.federated.grid import InProcessGrid
+from weightshare.federated.reputation import Assessment, Standing, admit, assess, missed
+from weightshare.federated.rewards import Rewards
+from weightshare.federated.roster import Roster
+from weightshare.federated.vectors import Vector
+
+SCHEMA = 1
+"""Version of the checkpoint's content."""
+WATCHED = 4096
+"""Entries by which an update is compared with the last one and with the last reward."""
+REPEATED = 0.999
+"""Cosine from which an update counts as a repetition (it is noted, not punished)."""
+
+Root = Callable[[Vector, int], Vector]
+"""An update computed by the server from trusted data: (weights, round) -> (D,)."""
+
+
+class ReputationStrategy(Strategy):
+    """Reputation, rewards and removal of RFFL over any Flower grid.
+
+    Round t: each live participant is sent its own reward of round t - 1 (or its model, where it has
+    none) and answers with an update. Replies are checked before anything is computed with them; one
+    that fails is dropped, the sender gets a strike, and the round is what it would have been
+    without. The server keeps every participant's exact model, ``w_0 + Σ (g_i + v_i)``, and sends
+    that, never the server's own, to whoever has lost it.
+
+    Participants are the names of the roster; a node is who its key says. Only the in-process grid
+    does without a roster.
+
+    Args:
+        initial: ``w_0``, ``(D,)`` float32.
+        config: the rules.
+        roster: names and key fingerprints.
+        sizes: samples of each participant, as the server has verified them.
+        layers: sizes of the model's tensors, for quotas by layer.
+        root: trusted updates, to compare with instead of the aggregate.
+        folder: where the models and the audit log are kept; None keeps them in memory.
+        minimum: nodes to wait for before a round.
+        wait: seconds to wait for them.
+        strikes: invalid replies after which a participant is suspended.
+        resyncs: times a participant may ask for its model.
+        sleep: how waiting is done.
+    """
+
+    def __init__(
+        self,
+        initial: Vector,
+        config: ReputationConfig | None = None,
+        roster: Roster | None = None,
+        *,
+        sizes: Mapping[str, float] | None = None,
+        layers: Sequence[int] | None = None,
+        root: Root | None = None,
+        folder: Path | None = None,
+        minimum: int = 1,
+        wait: float = 60.0,
+        strikes: int = 3,
+        resyncs: int = 3,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        flower.ensure_identity()
+        if initial.dtype != np.float32 or initial.ndim != 1 or not len(initial):
+            raise UserError(
+                f"The initial weights are {initial.dtype} of shape {initial.shape}; give one flat "
+                "float32 vector."
+            )
+        self.config = config or ReputationConfig()
+        if self.config.quota == "layer" and sum(layers or ()) != len(initial):
+            raise UserError(
+                f"Quotas by layer need the sizes of the tensors, which sum to {sum(layers or ())} "
+                f"and not to the {len(initial)} weights; give layers."
+            )
+        self.layers = layers if self.config.quota == "layer" else None
+        self.roster, self.sizes, self.root, self.folder = roster, sizes, root, folder
+        self.minimum, self.wait, self.sleep = minimum, wait, sleep
+        self.strike_limit, self.resync_limit = strikes, resyncs
+        self.initial = initial
+        self.server = initial.copy()
+        """``w_0 + Σ a``: for evaluation and late joiners' comparison, never sent to anyone."""
+        self.standing = Standing()
+        self.log = AuditLog(folder / "audit.jsonl" if folder else None)
+        self.strikes: dict[str, int] = {}
+        self.resyncs: dict[str, int] = {}
+        self.suspended: set[str] = set()
+        self.last: Assessment | None = None
+        """How the last round was judged."""
+        self.names: list[str] = []
+        self.models: NDArray[np.float32] = np.zeros((0, len(initial)), np.float32)
+        """Exact model of each participant, ``(N, D)``, in the order of ``names``."""
+        self._rewards: Rewards | None = None
+        self._scales: dict[str, float] = {}
+        self._own: dict[str, Vector] = {}
+        self._stale: set[str] = set()  # who must be sent the whole model
+        self._tickets: dict[int, wire.Ticket] = {}
+        draw = np.random.default_rng(len(initial))
+        self._watched = draw.choice(len(initial), min(WATCHED, len(initial)), replace=False)
+        self._seen: dict[str, Vector] = {}
+        self._bytes = 0
+        if roster is not None:
+            self._begin(roster)
+
+    # Flower's hooks -----------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message per live participant that is online."""
+        if self.roster is None:
+            if not isinstance(grid, InProcessGrid):
+                raise UserError(
+                    "Outside the in-process grid a federation needs a roster, or anyone could take "
+                    "part; give ReputationStrategy a Roster of the participants' keys."
+                )
+            self._begin(grid.roster)
+        number = self.standing.round + 1
+        self._tickets, self._bytes, messages = {}, 0, []
+        for node, name in self._online(grid):
+            if name in self.standing.expelled or name in self.suspended:
+                continue
+            model = self._model(name)
+            ticket = wire.Ticket(name, number, wire.checksum(model))
+            if name in self.standing.inactive:
+                # Only a question whether it is there: its answer brings it back next round.
+                content = wire.order(ticket)
+            elif name in self._stale:
+                content = wire.order(ticket, model=model)
+            else:
+                content = self._order(ticket)
+            self._tickets[node] = ticket
+            self._bytes += wire.payload(content)
+            messages.append(Message(content, node, wire.TRAIN, group_id=str(number)))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Judge the round; ``self.last`` says how. Arrays are never returned: there is no one
+        model."""
+        number = self.standing.round + 1
+        updates = self._updates(replies)
+        asked = {ticket.name for ticket in self._tickets.values()}
+        # Whoever has not answered may or may not have had its reward: the model settles it.
+        self._stale = set(self.names) - updates.keys()
+        self._rewards, self._scales, self._own = None, {}, {}
+        present = {n: u for n, u in updates.items() if n in self.standing.reputation}
+        if present:
+            reference = self.root(self.server, number) if self.root else None
+            self.standing, judged = assess(
+                self.standing, present, self.config, sizes=self.sizes, reference=reference
+            )
+            self._settle(present, judged)
+        else:
+            self.standing, judged = missed(self.standing, self.config), None
+            self.log.add("void", round=number)
+        self.last = judged
+        for name in updates.keys() & self.standing.inactive.keys():
+            self._return(name)
+        return None, self._metrics(number, asked, present, judged)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: participants evaluate their own models."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        """Flower's own log gets one line."""
+        import logging
+
+        logging.getLogger("flwr").info("%s", self.config)
+
+    def deliver(self, grid: Grid, timeout: float = 600.0) -> int:
+        """Send everyone the reward of the last round, which no further training message carries.
+
+        Returns:
+            how many confirmed it.
+        """
+        messages, asked = [], {}
+        for node, name in self._online(grid):
+            if name in self.standing.reputation:
+                asked[node] = name
+                ticket = wire.Ticket(name, self.standing.round, wire.checksum(self._model(name)))
+                stale = name in self._stale
+                content = (
+                    wire.order(ticket, model=self._model(name)) if stale else self._order(ticket)
+                )
+                messages.append(Message(content, node, wire.REWARD, group_id="reward"))
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        heard = {asked[r.metadata.src_node_id] for r in replies if not r.has_error()}
+        # Nothing is owed any more; whoever has not confirmed is sent its model if it goes on.
+        self._rewards, self._scales = None, {}
+        self._stale = set(self.names) - heard
+        return len(heard)
+
+    # What an operator asks ----------------------------------------------------------------------
+
+    def model_of(self, name: str) -> Vector:
+        """A participant's exact model, ``(D,)``."""
+        return self._model(name).copy()
+
+    def statement(self, name: str) -> list[dict[str, Any]]:
+        """What a participant was sent and how it was judged, round by round."""
+        return [
+            {
+                key: row[key]
+                for key in ("round", "cosine", "reputation", "quota", "entries", "bytes")
+            }
+            for row in self.log.rows("judged")
+            if row["name"] == name
+        ]
+
+    def readmit(self, name: str) -> None:
+        """Let a wrongly removed or suspended participant in again, at the threshold.
+
+        Raises:
+            UserError: it is not in the roster, or was never out.
+        """
+        if name not in self.names:
+            raise UserError(
+                f"{name!r} is not in the roster ({', '.join(self.names)}); give one of these."
+            )
+        if name in self.standing.reputation and name not in self.suspended:
+            raise UserError(f"{name!r} takes part already; there is nothing to readmit.")
+        self.suspended.discard(name)
+        self.strikes.pop(name, None)
+        self._return(name, "readmitted")
+
+    # Survival -----------------------------------------------------------------------------------
+
+    def save(self, folder: Path, keep: int = 2) -> Path:
+        """Write a checkpoint, whole or not at all, after a round and before the next message."""
+        import torch
+
+        from weightshare.training import checkpoint
+
+        tensors = {"models": self.models, "server": self.server, "initial": self.initial}
+        tensors |= {f"seen/{name}": value for name, value in self._seen.items()}
+        values = {
+            "schema": SCHEMA,
+            "rules": self._rules(),
+            "names": self.names,
+            "standing": self.standing.state(),
+            "strikes": self.strikes,
+            "resyncs": self.resyncs,
+            "suspended": sorted(self.suspended),
+        }
+        packed = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+        return checkpoint.save(folder, self.standing.round, packed, values, keep)
+
+    def restore(self, folder: Path) -> int:
+        """Go on from the newest checkpoint; returns its round, 0 where there is none.
+
+        Everyone is sent its exact model next, because a restarted run has new client states.
+
+        Raises:
+            UserError: the checkpoint is damaged, of other rules, participants or another model.
+        """
+        from weightshare.training import checkpoint
+
+        checkpoint.sweep(folder)
+        found = checkpoint.checkpoints(folder)
+        if not found:
+            return 0
+        tensors, values = checkpoint.load(found[-1])
+        if values["schema"] != SCHEMA:
+            raise UserError(
+                f"{found[-1]} has schema {values['schema']}, this version reads {SCHEMA}; go on "
+                "with the version that wrote it."
+            )
+        models = tensors["models"].numpy()
+        if models.shape[1] != len(self.initial) or values["rules"] != self._rules():
+            raise UserError(
+                f"{found[-1]} is of a federation with other rules or another model; resume with "
+                "the options it was started with."
+            )
+        if self.names and values["names"] != self.names:
+            raise UserError(
+                f"{found[-1]} has the participants {', '.join(values['names'])}, the roster has "
+                f"{', '.join(self.names)}; resume with the roster it was started with."
+            )
+        self.names = values["names"]
+        self.models = self._room(len(self.names))
+        self.models[:] = models
+        self.server = tensors["server"].numpy()
+        self.initial = tensors["initial"].numpy()
+        self.standing = Standing.load(values["standing"])
+        self.strikes, self.resyncs = dict(values["strikes"]), dict(values["resyncs"])
+        self.suspended = set(values["suspended"])
+        self._seen = {
+            name.removeprefix("seen/"): t.numpy()
+            for name, t in tensors.items()
+            if name.startswith("seen/")
+        }
+        self._stale = set(self.names)
+        self._rewards, self._scales, self._own = None, {}, {}
+        self.log.add("restored", round=self.standing.round)
+        return self.standing.round
+
+    # Inside -------------------------------------------------------------------------------------
+
+    def _begin(self, roster: Roster) -> None:
+        self.roster = roster
+        names = sorted(roster.fingerprints)
+        if self.names:
+            if self.names != names:
+                raise UserError(
+                    f"The checkpoint has the participants {', '.join(self.names)}, the grid has "
+                    f"{', '.join(names)}; resume with the participants it was started with."
+                )
+            return
+        self.names = names
+        self.models = self._room(len(names))
+        self.models[:] = self.initial
+        self.standing = Standing.begin(names, self.config, self.sizes)
+        self._stale = set(names)
+
+    def _room(self, count: int) -> NDArray[np.float32]:
+        shape = (count, len(self.initial))
+        if self.folder is None:
+            return np.zeros(shape, np.float32)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return np.memmap(self.folder / "models.f32", np.float32, "w+", shape=shape)
+
+    def _rules(self) -> dict[str, str]:
+        # Observing, and how many may be removed, are the operator's to change between sessions.
+        free = {"observe", "budget", "window", "quorum", "misses"}
+        return {k: str(v) for k, v in asdict(self.config).items() if k not in free}
+
+    def _model(self, name: str) -> Vector:
+        return self.models[self.names.index(name)]
+
+    def _online(self, grid: Grid) -> list[tuple[int, str]]:
+        """Nodes of the roster, in the order of names, once enough are there or time is up."""
+        assert self.roster is not None
+        deadline = time.monotonic() + self.wait
+        while True:
+            found: dict[str, int] = {}
+            for node in grid.get_nodes():
+                name = self.roster.name_of(node.public_key)
+                if name is not None:
+                    found.setdefault(name, node.node_id)
+            if len(found) >= self.minimum or time.monotonic() >= deadline:
+                return [(found[name], name) for name in sorted(found)]
+            self.sleep(1.0)
+
+    def _order(self, ticket: wire.Ticket) -> Any:
+        name = ticket.name
+        scale = self._scales.get(name, 0.0)
+        if self._rewards is None or name not in self._scales or not self._rewards.count(name):
+            return wire.order(ticket, scale=scale)
+        support = self._rewards.support(name)
+        values = self._values(name)[support]
+        return wire.order(ticket, scale=scale, reward=(support, values))
+
+    def _values(self, name: str) -> Vector:
+        assert self._rewards is not None
+        own = self._own.get(name)
+        return self._rewards.aggregate if own is None else self._rewards.aggregate - own
+
+    def _updates(self, replies: Iterable[Message]) -> dict[str, Vector]:
+        """The valid updates by participant; the rest is noted."""
+        updates: dict[str, Vector] = {}
+        heard: set[str] = set()
+        for reply in replies:
+            ticket = self._tickets.get(reply.metadata.src_node_id)
+            if ticket is None or ticket.name in heard:
+                self.log.add("stray", round=self.standing.round + 1)
+                continue
+            heard.add(ticket.name)
+            try:
+                update = wire.read_update(reply, ticket, len(self.initial))
+            except wire.Rejected as reason:
+                self._strike(ticket, str(reason))
+                continue
+            if update is None:
+                self._lost(ticket)
+                continue
+            self._watch(ticket, update)
+            updates[ticket.name] = update
+        return updates
+
+    def _strike(self, ticket: wire.Ticket, reason: str) -> None:
+        count = self.strikes.get(ticket.name, 0) + 1
+        self.strikes[ticket.name] = count
+        self.log.add("rejected", round=ticket.round, name=ticket.name, reason=reason, strike=count)
+        if count >= self.strike_limit:
+            self._suspend(ticket, "too many invalid replies")
+
+    def _lost(self, ticket: wire.Ticket) -> None:
+        if ticket.name in self.standing.inactive:
+            self._return(ticket.name)
+            return
+        count = self.resyncs.get(ticket.name, 0) + 1
+        self.resyncs[ticket.name] = count
+        self.log.add("resync", round=ticket.round, name=ticket.name, count=count)
+        if count > self.resync_limit:
+            self._suspend(ticket, "its model was asked for too often")
+
+    def _suspend(self, ticket: wire.Ticket, reason: str) -> None:
+        if len(self.standing.reputation) <= 1:
+            return
+        left = dict(self.standing.reputation)
+        before = left.pop(ticket.name, None)
+        if before is None:
+            return
+        total = sum(left.values())
+        self.standing = replace(
+            self.standing,
+            reputation={n: r / total if total else r for n, r in left.items()},
+            inactive={**self.standing.inactive, ticket.name: before},
+        )
+        self.suspended.add(ticket.name)
+        self.log.add("suspended", round=ticket.round, name=ticket.name, reason=reason)
+
+    def _return(self, name: str, event: str = "returned") -> None:
+        self.standing = admit(self.standing, name, self.config)
+        self._stale.add(name)
+        share = self.standing.reputation[name]
+        self.log.add(event, round=self.standing.round, name=name, reputation=share)
+
+    def _watch(self, ticket: wire.Ticket, update: Vector) -> None:
+        now = update[self._watched]
+        before = self._seen.get(ticket.name)
+        if before is not None and _cosine(now, before) > REPEATED:
+            self.log.add("repeats", round=ticket.round, name=ticket.name, what="its last update")
+        self._seen[ticket.name] = now
+
+    def _settle(self, updates: Mapping[str, Vector], judged: Assessment) -> None:
+        """Rewards, and with them every participant's next model."""
+        aggregate = judged.aggregate
+        self.server = self.server + aggregate
+        self._rewards = Rewards(aggregate, judged.quotas, self.layers)
+        for name, quota in judged.quotas.items():
+            own = judged.scales[name] if self.config.keep_own else 0.0
+            self._scales[name] = own
+            if self.config.subtract_own:
+                share = np.float32(judged.weights[name] * judged.scales[name])
+                self._own[name] = share * updates[name]
+            entries = self._rewards.count(name)
+            reward = None
+            if entries:
+                reward = np.where(self._rewards.support(name), self._values(name), np.float32(0))
+            row = self.names.index(name)
+            self.models[row] = wire.advance(self.models[row], updates[name], own, reward)
+            size = len(aggregate)
+            self.log.add(
+                "judged",
+                round=judged.round,
+                name=name,
+                cosine=judged.cosines[name],
+                reputation=judged.reputation[name],
+                quota=quota,
+                entries=entries,
+                bytes=4 * entries + (-(-size // 8) if 0 < entries < size else 0),
+            )
+        for event in ("expelled", "would_expel"):
+            for name in getattr(judged, event):
+                record = self.standing.expelled.get(name, {})
+                reputation = record.get("reputation", judged.reputation.get(name))
+                self.log.add(
+                    event,
+                    round=judged.round,
+                    name=name,
+                    reputation=reputation,
+                    threshold=judged.threshold,
+                )
+        for group in judged.copies:
+            self.log.add("copies", round=judged.round, names=list(group))
+
+    def _metrics(
+        self,
+        number: int,
+        asked: set[str],
+        present: Mapping[str, Vector],
+        judged: Assessment | None,
+    ) -> MetricRecord:
+        return MetricRecord(
+            {
+                "round": number,
+                "asked": len(asked),
+                "answered": len(present),
+                "live": len(self.standing.reputation),
+                "expelled": len(self.standing.expelled),
+                "below-threshold": len(judged.below) if judged else 0,
+                "bytes-sent": self._bytes,
+                "bytes-received": 4 * len(self.initial) * len(present),
+            }
+        )
+
+
+def _cosine(one: Vector, other: Vector) -> float:
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    lengths = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / lengths if lengths > 0 else 0.0
