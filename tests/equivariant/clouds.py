@@ -43,4 +43,6 @@ def cloud(points=7, dim=3, scalars=2, vectors=1, seed=0):
 def close(a, b, tolerance=1e-11):
     """Largest difference, relative to the largest value, under the tolerance."""
     scale = max(float(b.detach().abs().max()) if b.numel() else 0.0, 1e-3)
-    return a.shape == b.shape and (a.numel() == 0 or float((a - b).detach().abs().max()) <= tolerance * scale)
+    return a.shape == b.shape and (
+        a.numel() == 0 or float((a - b).detach().abs().max()) <= tolerance * scale
+    )

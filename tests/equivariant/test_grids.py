@@ -102,6 +102,10 @@ def test_rotation_groups(name, order):
 
 
 def test_impossible_grids_are_refused_in_a_sentence():
-    for bad in (lambda: grids.make_grid(0), lambda: grids.make_grid(4, 5), lambda: grids.platonic(7)):
+    for bad in (
+        lambda: grids.make_grid(0),
+        lambda: grids.make_grid(4, 5),
+        lambda: grids.platonic(7),
+    ):
         with pytest.raises(UserError):
             bad()

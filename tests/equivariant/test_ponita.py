@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from equivariant.clouds import cloud, close, network
+from equivariant.clouds import close, cloud, network
 
 from weightshare.equivariant import (
     Ponita,
@@ -126,9 +126,7 @@ def test_every_grid_is_exact_under_its_own_group(grid):
     for rotation in group:
         after = model(x @ rotation.T, s, v @ rotation.T, edges="full")
         assert close(after.scalars, before.scalars, 1e-6 if len(grid) == 5 else 1e-11)
-        assert close(
-            after.vectors, before.vectors @ rotation.T, 1e-6 if len(grid) == 5 else 1e-11
-        )
+        assert close(after.vectors, before.vectors @ rotation.T, 1e-6 if len(grid) == 5 else 1e-11)
 
 
 def test_a_rotation_grid_is_exact_under_its_group():
@@ -182,7 +180,9 @@ def test_dense_and_segment_paths_give_equal_numbers_and_gradients(kind, recomput
 def test_padding_may_hold_anything():
     model, x, s, v = setup("sphere")
     alone = model(x[None], s[None], v[None])
-    poison = [torch.cat([t[None], torch.full_like(t[None, :3], float("nan"))], 1) for t in (x, s, v)]
+    poison = [
+        torch.cat([t[None], torch.full_like(t[None, :3], float("nan"))], 1) for t in (x, s, v)
+    ]
     mask = torch.arange(10)[None] < 7
     padded = model(*poison, mask=mask)
     assert close(padded.scalars, alone.scalars) and close(padded.vectors, alone.vectors)

@@ -21,7 +21,12 @@ class RotatedUpdate(GradientUpdate):
     """
 
     def __init__(
-        self, task: nn.Module, optimizer: torch.optim.Optimizer, *, vectors: Sequence[str], **options: Any
+        self,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        vectors: Sequence[str],
+        **options: Any,
     ) -> None:
         super().__init__(task, optimizer, **options)
         self.vectors = tuple(vectors)

@@ -158,7 +158,11 @@ class SeparableConv(nn.Module):
         if self.fibre is None or kernels.fibre is None:
             return field
         kernel = self.fibre(kernels.fibre) * kernels.weights[:, None, None]
-        return torch.einsum("...oc,opc->...pc", field, kernel)
+        # One matrix product per channel, on contiguous copies: einsum on the strided layout is
+        # several times slower on a CPU.
+        by_channel = field.flatten(0, -3).permute(2, 0, 1).contiguous()
+        found = torch.bmm(by_channel, kernel.permute(2, 0, 1).contiguous())
+        return found.permute(1, 2, 0).reshape(field.shape)
 
     def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
         return self.over_sphere(self.over_space(field, kernels), kernels) + self.bias
@@ -229,7 +233,11 @@ class ConvNextBlock(nn.Module):
     """
 
     def __init__(
-        self, conv: SeparableConv | FullConv, channels: int, widening: int, layer_scale: float | None
+        self,
+        conv: SeparableConv | FullConv,
+        channels: int,
+        widening: int,
+        layer_scale: float | None,
     ) -> None:
         super().__init__()
         self.conv = conv

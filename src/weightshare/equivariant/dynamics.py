@@ -38,9 +38,7 @@ class DynamicsTask(Task):
 def columns(data: NBody) -> dict[str, Tensor]:
     """The trajectories as float32 tensors by name."""
     names = ("charges", *VECTORS)
-    return {
-        name: torch.from_numpy(np.asarray(getattr(data, name), np.float32)) for name in names
-    }
+    return {name: torch.from_numpy(np.asarray(getattr(data, name), np.float32)) for name in names}
 
 
 @torch.no_grad()

@@ -175,19 +175,32 @@ def rotation_group(name: str) -> Tensor:
     return symmetries(platonic(vertices[name]))
 
 
-def random_rotations(
-    count: int, dim: int = 3, generator: torch.Generator | None = None
-) -> Tensor:
+def random_rotations(count: int, dim: int = 3, generator: torch.Generator | None = None) -> Tensor:
     """Rotations drawn uniformly from SO(dim), (count, dim, dim), float32, on the CPU."""
     if dim == 2:
         angle = 2 * math.pi * torch.rand(count, generator=generator)
         c, s = angle.cos(), angle.sin()
         return torch.stack([c, -s, s, c], -1).view(count, 2, 2)
     q = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=-1)
+    return _from_quaternions(q)
+
+
+def spread_rotations(count: int) -> Tensor:
+    """Rotations that cover SO(3) evenly, (count, 3, 3) float64: the super-Fibonacci spiral (Alexa,
+    CVPR 2022), turned so that the first is the identity. Always the same."""
+    s = torch.arange(count, dtype=torch.float64) + 0.5
+    inner, outer = (s / count).sqrt(), (1 - s / count).sqrt()
+    alpha, beta = 2 * math.pi * s / math.sqrt(2), 2 * math.pi * s / 1.533751168755204288118041
+    q = [inner * alpha.sin(), inner * alpha.cos(), outer * beta.sin(), outer * beta.cos()]
+    turns = _from_quaternions(torch.stack(q, -1))
+    return turns @ turns[0].T
+
+
+def _from_quaternions(q: Tensor) -> Tensor:
     w, x, y, z = q.unbind(-1)
     rows = [
         1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
         2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
         2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
     ]  # fmt: skip
-    return torch.stack(rows, -1).view(count, 3, 3)
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))

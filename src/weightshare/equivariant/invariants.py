@@ -65,7 +65,7 @@ def full_invariants(delta: Tensor, grid: Tensor, mode: Mode, chiral: bool = Fals
     :math:`o'\cdot o`, so that the separable convolution is a special case. ``complete``, sphere:
     :math:`o\cdot\Delta,\ o'\cdot\Delta,\ \lVert\Delta\rVert^2,\ o\cdot o'`, the Gram matrix of the
     triple, complete for E(3); ``chiral`` adds :math:`\det[\Delta, o, o']`, complete for SE(3).
-    ``complete``, circle: :math:`o\cdot\Delta,\ o^\perp\cdot\Delta` and cosine and sine of the angle.
+    ``complete``, circle: :math:`o'\cdot\Delta,\ o'^\perp\cdot\Delta`, cosine and sine.
     Rotations: :math:`R'^T\Delta` and :math:`R'^T R`.
     """
     n = grid.shape[0]
@@ -85,9 +85,9 @@ def full_invariants(delta: Tensor, grid: Tensor, mode: Mode, chiral: bool = Fals
 
 
 def window(delta: Tensor, cutoff: float) -> Tensor:
-    r"""Envelope :math:`u(s) = 1 - 28 s^3 + 48 s^{7/2} - 21 s^4`, :math:`s=\lVert\Delta\rVert^2/r_c^2`.
+    r"""Envelope :math:`1 - 28 s^3 + 48 s^{7/2} - 21 s^4`, :math:`s=\lVert\Delta\rVert^2/r_c^2`.
 
-    It is 1 at :math:`\Delta = 0` and 0 from the cutoff on; value, first and second derivative vanish
+    1 at :math:`\Delta = 0` and 0 from the cutoff on; value, first and second derivative vanish
     there (DimeNet's polynomial with p = 6). In s and not in the length, so that self-edges have
     finite second derivatives.
     """

@@ -59,7 +59,9 @@ def neighbour_list(
     wrapped = positions - home @ cell
     # The distance between two lattice planes is one over the length of the reciprocal vector.
     reach = (cutoff * inverse.norm(dim=0)).ceil().long().cpu()
-    ranges = [range(-int(r), int(r) + 1) if p else range(1) for r, p in zip(reach, periodic)]
+    ranges = [
+        range(-int(r), int(r) + 1) if p else range(1) for r, p in zip(reach, periodic, strict=True)
+    ]
     images = torch.tensor(list(product(*ranges)), dtype=positions.dtype, device=positions.device)
     ghosts = wrapped + (images @ cell)[:, None]
     low = wrapped.amin(0) - cutoff if len(wrapped) else wrapped.new_zeros(3)

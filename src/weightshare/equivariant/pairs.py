@@ -57,7 +57,9 @@ def edge_pairs(
         keep = edges[0] != edges[1]
         if offsets is not None:
             keep = keep | (offsets != 0).any(-1)
-            offsets = torch.cat([offsets[keep], offsets.new_zeros(len(positions), offsets.shape[1])])
+            offsets = torch.cat(
+                [offsets[keep], offsets.new_zeros(len(positions), offsets.shape[1])]
+            )
         loops = torch.arange(len(positions), device=edges.device).expand(2, -1)
         edges = torch.cat([edges[:, keep], loops], 1)
     source, target = edges

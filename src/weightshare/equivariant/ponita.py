@@ -116,7 +116,13 @@ class Ponita(nn.Module):
         self.inputs = (scalars, vectors, tensors)
         self.outputs = (scalars_out, vectors_out, tensors_out)
         _check_options(
-            self.inputs, self.outputs, grid, invariants, convolution, chiral, (hidden, layers, basis)
+            self.inputs,
+            self.outputs,
+            grid,
+            invariants,
+            convolution,
+            chiral,
+            (hidden, layers, basis),
         )
         self.dim, self.cutoff, self.self_loops = dim, cutoff, self_loops
         self.level, self.vector_scale, self.random_grid = level, vector_scale, random_grid
@@ -177,11 +183,12 @@ class Ponita(nn.Module):
             UserError: shapes do not fit, coordinates are not finite, edges are missing.
         """
         self._check(positions, (scalars, vectors, tensors), edges, offsets, batch, mask)
-        inputs = [positions, scalars, vectors, tensors]
+        inputs = [scalars, vectors, tensors]
         if positions.ndim == 3:
             if mask is not None:
-                inputs = [_silenced(one, mask) for one in inputs]
-            field, kernels = self._start(dense_pairs(inputs[0], mask), *inputs[1:])
+                positions = _silenced(positions, mask)
+                inputs = [None if one is None else _silenced(one, mask) for one in inputs]
+            field, kernels = self._start(dense_pairs(positions, mask), *inputs)
             return self._finish(field, kernels, mask=mask)
         points = len(positions)
         if batch is None:
@@ -193,7 +200,8 @@ class Ponita(nn.Module):
             size = equal_sizes(batch, graphs) if self.self_loops else None
             if size is not None and size <= DENSE_POINTS:
                 stacked = [None if x is None else x.unflatten(0, (graphs, size)) for x in inputs]
-                field, kernels = self._start(dense_pairs(stacked[0]), *stacked[1:])
+                pairs = dense_pairs(positions.unflatten(0, (graphs, size)))
+                field, kernels = self._start(pairs, *stacked)
                 found = self._finish(field, kernels)
                 if self.level == "graph":
                     return found
@@ -203,7 +211,7 @@ class Ponita(nn.Module):
             assert self.cutoff is not None
             edges = radius_edges(positions.detach(), self.cutoff, batch)
         pairs = edge_pairs(positions, edges, offsets, self.self_loops)
-        field, kernels = self._start(pairs, *inputs[1:])
+        field, kernels = self._start(pairs, *inputs)
         return self._finish(field, kernels, batch=batch, graphs=graphs)
 
     def _start(self, pairs: Pairs, *inputs: Tensor | None) -> tuple[Tensor, Kernels]:
@@ -247,10 +255,9 @@ class Ponita(nn.Module):
         input on this batch (arguments as for the forward pass). Called once, before training; the
         forward pass never changes weights. With several processes, broadcast the weights after."""
         hooks = [
-            block.conv.register_forward_pre_hook(
-                lambda conv, given: conv.calibrate_(*given)
-            )
-            for block in self.blocks
+            module.register_forward_pre_hook(lambda conv, given: conv.calibrate_(*given))
+            for module in self.modules()
+            if isinstance(module, SeparableConv | FullConv)
         ]
         try:
             self(*inputs, **options)
@@ -357,10 +364,8 @@ def _check_options(
         )
 
 
-def _silenced(x: Tensor | None, mask: Tensor) -> Tensor | None:
+def _silenced(x: Tensor, mask: Tensor) -> Tensor:
     """Zero at padding, whatever stands there (NaN included)."""
-    if x is None:
-        return None
     return torch.where(mask[(...,) + (None,) * (x.ndim - mask.ndim)], x, torch.zeros_like(x))
 
 

@@ -1,0 +1,136 @@
+"""Ethanol, CCSD(T): energy and force errors of a potential trained for a fixed time.
+
+    python benchmarks/equivariant/ethanol.py [--quick] [--seconds 170] [--networks ponita,pnita]
+
+Data: ethanol_ccsdt_1000.npz (WEIGHTSHARE_DATA or --data), 850 training, 50 validation and 99 test
+structures. The averaged weights of the last step are tested, plain and symmetrised over five
+rotations; standard errors are over test structures.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import Table
+
+from weightshare.data import locate
+from weightshare.equivariant import (
+    PonitaPotential,
+    PotentialTask,
+    RotatedUpdate,
+    read_structures,
+    stack_molecules,
+    symmetrise,
+)
+from weightshare.equivariant.potential_task import VECTORS
+from weightshare.training import Captured, EpochBatches, LoopConfig
+from weightshare.training import Loop as TrainingLoop
+
+
+def test(task: PotentialTask, data: dict[str, torch.Tensor], device: str) -> dict[str, float]:
+    """Mean absolute errors with standard errors, meV and meV/Å."""
+    task.eval()
+    said = task.predict({k: v.to(device) for k, v in data.items()})
+    off = 1000 * (said.energy.cpu() - data["energy"]).abs()
+    pull = 1000 * (said.forces.cpu() - data["forces"]).abs().mean((-1, -2))
+    task.train()
+    root = len(off) ** 0.5
+    return {
+        "energy_mae_mev": float(off.mean()), "energy_standard_error": float(off.std() / root),
+        "force_mae_mev_a": float(pull.mean()), "force_standard_error": float(pull.std() / root),
+    }  # fmt: skip
+
+
+def train(name: str, seed: int, budget: float, path: str, device: str, quick: bool) -> dict:
+    data = stack_molecules(read_structures(path))
+    with np.load(path, allow_pickle=False) as file:
+        rows = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
+    sets = {part: {k: v[index] for k, v in data.items()} for part, index in rows.items()}
+    torch.manual_seed(seed)
+    size = {"hidden": 16, "basis": 16, "layers": 2, "orientations": 6} if quick else {}
+    if name == "pnita":
+        size["orientations"] = 0
+    scale = float(sets["train"]["forces"].square().mean().sqrt())
+    potential = PonitaPotential(data["numbers"].unique().tolist(), scale=scale, **size)
+    potential.fit_references(
+        potential.compositions(sets["train"]["numbers"]), sets["train"]["energy"]
+    )
+    task = PotentialTask(potential).to(device)
+    batches = EpochBatches(sets["train"], 10, seed)
+    first = batches[0]["numbers"].to(device)
+    potential.network.calibrate_(
+        batches[0]["positions"].to(device), (first.unsqueeze(-1) == potential.species).float()
+    )
+
+    def build(steps: int) -> tuple[Captured, LoopConfig]:
+        config = LoopConfig(
+            steps=steps, learning_rate=5e-4, weight_decay=1e-16, clip=0.5, ema_decay=0.99,
+            warmup_fraction=0.02, seed=seed, log_every=200, checkpoint_every=0,
+        )  # fmt: skip
+        return Captured(RotatedUpdate.from_config(task, config, vectors=VECTORS)), config
+
+    begun = time.monotonic()
+    kept = {k: v.clone() for k, v in task.state_dict().items()}
+    each = step_seconds(build(1000)[0], batches)
+    task.load_state_dict(kept)
+    steps = max(int((budget - (time.monotonic() - begun)) * 0.95 / each), 20)
+    update, config = build(steps)
+    begun = time.monotonic()
+    TrainingLoop(update, batches, config, progress=False).fit()
+    about = {
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "steps": steps, "epochs": steps * 10 / len(rows["train"]),
+        "seconds": time.monotonic() - begun, "ms_per_step": 1000 * each,
+    }  # fmt: skip
+    found = {**about, **test(task, sets["test"], device)}
+    if name != "pnita":
+        potential.network = symmetrise(potential.network, 5)
+        averaged = test(task, sets["test"], device)
+        found |= {f"rotated_5_{key}": value for key, value in averaged.items()}
+    return found
+
+
+def step_seconds(update: Captured, batches: EpochBatches) -> float:
+    """Median time of a step once it is captured."""
+    times = []
+    for step in range(50 if update.device.type == "cuda" else 6):
+        begun = time.perf_counter()
+        metrics = update.apply(update.prepare(batches[step], step))
+        float(metrics["loss"])
+        times.append(time.perf_counter() - begun)
+    times = times[len(times) // 2 :]
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="ethanol_ccsdt_1000.npz, default from WEIGHTSHARE_DATA")
+    parser.add_argument("--networks", default="ponita")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seconds", type=float, default=170, help="training time of a row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    table = Table("equivariant_ethanol", __doc__, parser)
+    options = table.options
+    torch.set_float32_matmul_precision("high")
+    path = options.data or str(locate("ethanol_ccsdt_1000"))
+    seconds = 15 if table.quick else options.seconds
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.networks.split(","):
+            budget = min(seconds, table.end - time.monotonic())
+            table.row(
+                f"{name}, seed {seed}",
+                lambda n=name, s=seed, b=budget: train(n, s, b, path, options.device, table.quick),
+            )
+    table.show(
+        ["epochs", "seconds", "energy_mae_mev", "force_mae_mev_a", "rotated_5_energy_mae_mev",
+         "rotated_5_force_mae_mev_a"]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Learning a potential: energies, forces and stress of structures."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightshare.equivariant.potential import PonitaPotential, Prediction
+from weightshare.training import Losses, Task, Term
+
+VECTORS = ("positions", "forces")
+"""What turns when a molecule is rotated."""
+
+
+class PotentialTask(Task):
+    r"""The published loss in units of the potential's ``scale`` s (the RMS force):
+
+    .. math::
+        w_E\,\mathrm{mean}\Big(\frac{E-E^*}{s}\Big)^2
+        + w_F\,\mathrm{mean}\Big(\frac{F-F^*}{s}\Big)^2
+        + w_\sigma\,\mathrm{mean}\Big(\frac{V(\sigma-\sigma^*)}{s\,n}\Big)^2
+
+    means over structures, force components and stress components. Labels that are NaN are left out.
+
+    Args:
+        energy_weight: :math:`w_E`; 1/500 is published for rMD17.
+        force_weight, stress_weight: the others.
+        per_atom: divide energies by the number of atoms, for sets of mixed sizes.
+    """
+
+    def __init__(
+        self,
+        potential: PonitaPotential,
+        energy_weight: float = 1 / 500,
+        force_weight: float = 1.0,
+        stress_weight: float = 0.0,
+        per_atom: bool = False,
+    ) -> None:
+        super().__init__()
+        self.potential = potential
+        self.energy_weight, self.force_weight = energy_weight, force_weight
+        self.stress_weight, self.per_atom = stress_weight, per_atom
+
+    def predict(self, batch: dict[str, Tensor], create_graph: bool = False) -> Prediction:
+        """The potential on a batch of ``stack_molecules`` or ``collate``."""
+        options: dict[str, Any] = {"create_graph": create_graph}
+        if "edges" in batch:
+            options |= {name: batch[name] for name in ("edges", "shifts", "cell", "batch")}
+            options["graphs"] = len(batch["energy"])
+            options["stress"] = self.stress_weight > 0
+        found: Prediction = self.potential(batch["numbers"], batch["positions"], **options)
+        return found
+
+    def forward(self, batch: Any) -> Losses:
+        said = self.predict(batch, create_graph=self.training)
+        assert said.forces is not None
+        scale = self.potential.scale
+        if "batch" in batch:
+            atoms = torch.bincount(batch["batch"], minlength=len(batch["energy"]))
+        else:
+            atoms = torch.full_like(batch["energy"], batch["numbers"].shape[-1])
+        off = said.energy - batch["energy"]
+        per_atom = off / atoms if self.per_atom else off
+        pull = said.forces - batch["forces"]
+        losses = {
+            "energy": _mean_square(per_atom / scale, self.energy_weight),
+            "force": _mean_square(pull / scale.to(pull), self.force_weight),
+            "energy_mae_mev": _mean_size(off),
+            "force_mae_mev_a": _mean_size(pull),
+        }
+        if said.stress is not None:
+            tension = said.stress - batch["stress"]
+            volume = torch.linalg.det(batch["cell"]).abs() / (atoms * scale)
+            losses["stress"] = _mean_square(tension * volume[:, None, None], self.stress_weight)
+            losses["stress_mae_mev_a3"] = _mean_size(tension)
+        return losses
+
+
+def _mean_square(error: Tensor, weight: float) -> Term:
+    known = torch.isfinite(error)
+    return Term(torch.where(known, error, 0.0).square().sum().float(), known.sum(), weight)
+
+
+def _mean_size(error: Tensor) -> Term:
+    """A metric in thousandths."""
+    known = torch.isfinite(error)
+    return Term(
+        1000 * torch.where(known, error, 0.0).detach().abs().sum().float(), known.sum(), 0.0
+    )

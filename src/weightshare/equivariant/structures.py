@@ -1,0 +1,222 @@
+"""Structures with energies and forces from files: extended XYZ and npz without pickle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightshare.errors import UserError
+
+KCAL_PER_MOL = 0.04336411531
+"""eV; CODATA 2014 as in ASE."""
+UNITS = {"eV": 1.0, "kcal/mol": KCAL_PER_MOL, "Hartree": 27.211386246, "meV": 1e-3}
+"""Energy units by name -> eV."""
+
+
+@dataclass
+class Structure:
+    """One frame: eV, Å, eV/Å, eV/Å^3; what the file does not say is None."""
+
+    numbers: np.ndarray
+    positions: np.ndarray
+    energy: float | None = None
+    forces: np.ndarray | None = None
+    stress: np.ndarray | None = None
+    """(3, 3), positive under tension."""
+    cell: np.ndarray | None = None
+    pbc: tuple[bool, bool, bool] = (False, False, False)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def read_structures(path: str | Path, unit: str = "auto") -> list[Structure]:
+    """All frames of an extended XYZ file (.xyz, .extxyz, also .gz) or of an npz file.
+
+    npz: rMD17's names (nuclear_charges, coords, energies, forces; kcal/mol) or MD17's and sGDML's
+    (z, R, E, F, with the unit in ``units`` or ``e_unit``), optionally ``cell``.
+
+    Args:
+        unit: of the energies: eV, kcal/mol, Hartree or meV; auto takes what the file or its format
+            says (extended XYZ: eV).
+
+    Raises:
+        UserError: the format is unknown, the unit is not said, coordinates are not finite, atoms
+            coincide.
+    """
+    path = Path(path)
+    if unit != "auto" and unit not in UNITS:
+        raise UserError(f"The unit {unit!r} is not known; use auto, {', '.join(UNITS)}.")
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    if path.suffix == ".npz":
+        frames = _read_npz(path, unit)
+    elif path.name.removesuffix(".gz").endswith((".xyz", ".extxyz")):
+        frames = _read_xyz(path, unit)
+    else:
+        raise UserError(f"{path} is neither .xyz, .extxyz (also .gz) nor .npz.")
+    if not frames:
+        raise UserError(f"{path} holds no structure.")
+    for number, frame in enumerate(frames):
+        check_structure(frame, f"frame {number} of {path}")
+    return frames
+
+
+def check_structure(frame: Structure, name: str = "the structure") -> None:
+    """Refuse coordinates that are not finite and atoms that coincide."""
+    if not np.isfinite(frame.positions).all():
+        raise UserError(f"A coordinate of {name} is not finite; repair or leave out the frame.")
+    if 1 < len(frame) <= 512:
+        gaps = frame.positions[:, None] - frame.positions[None]
+        squared = (gaps**2).sum(-1) + np.eye(len(frame))
+        if squared.min() < 1e-8:
+            a, b = np.unravel_index(squared.argmin(), squared.shape)
+            raise UserError(f"Atoms {a} and {b} of {name} stand in one place; move one of them.")
+
+
+def _read_xyz(path: Path, unit: str) -> list[Structure]:
+    from ase.io import read
+
+    factor = UNITS["eV" if unit == "auto" else unit]
+    frames = []
+    for atoms in read(str(path), ":", format="extxyz"):
+        known = {} if atoms.calc is None else atoms.calc.results
+        energy = known.get("energy", atoms.info.get("energy"))
+        pull = known.get("forces", atoms.arrays.get("forces"))
+        stress = known.get("stress", atoms.info.get("stress"))
+        if stress is not None:
+            stress = np.asarray(stress, float)
+            if stress.size == 6:
+                stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
+            stress = factor * stress.reshape(3, 3)
+        frames.append(
+            Structure(
+                atoms.numbers.astype(np.int64),
+                np.asarray(atoms.positions, float),
+                None if energy is None else factor * float(energy),
+                None if pull is None else factor * np.asarray(pull, float),
+                stress,
+                np.asarray(atoms.cell.array, float) if atoms.pbc.any() else None,
+                tuple(map(bool, atoms.pbc)),  # type: ignore[arg-type]
+                dict(atoms.info),
+            )
+        )
+    return frames
+
+
+def _read_npz(path: Path, unit: str) -> list[Structure]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kept = {name: file[name] for name in file.files}
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds pickled objects, which can run code when read; save plain arrays."
+        ) from error
+    revised = {"nuclear_charges", "coords", "energies", "forces"} <= set(kept)
+    names = ("nuclear_charges", "coords", "energies", "forces") if revised else ("z", "R", "E", "F")
+    if missing := [name for name in names if name not in kept]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; give arrays z, R, E, F or nuclear_charges, "
+            "coords, energies, forces."
+        )
+    numbers, places, energies, pulls = (np.asarray(kept[name]) for name in names)
+    if unit == "auto":
+        unit = _unit_of(kept, revised, path)
+    factor, cell = UNITS[unit], kept.get("cell")
+    energies = energies.reshape(len(places)).astype(float)
+    periodic = cell is not None
+    return [
+        Structure(
+            (numbers if numbers.ndim == 1 else numbers[k]).astype(np.int64),
+            places[k].astype(float),
+            factor * float(energies[k]),
+            factor * pulls[k].astype(float),
+            None,
+            None if cell is None else np.asarray(cell if cell.ndim == 2 else cell[k], float),
+            (periodic, periodic, periodic),
+        )
+        for k in range(len(places))
+    ]
+
+
+def _unit_of(kept: dict[str, np.ndarray], revised: bool, path: Path) -> str:
+    if revised:
+        return "kcal/mol"
+    said = " ".join(str(x) for key in ("units", "e_unit") if key in kept for x in kept[key].flat)
+    for name in UNITS:
+        if name.lower() in said.lower().split():
+            return name
+    raise UserError(f"{path} does not say in which unit its energies are; give the unit.")
+
+
+def stack_molecules(frames: Sequence[Structure]) -> dict[str, Tensor]:
+    """Molecules of one size as tensors (frames, atoms, ...): numbers, positions, forces in float32,
+    energies in float64.
+
+    Raises:
+        UserError: sizes differ, a frame is periodic, or energies or forces are missing.
+    """
+    if len({len(frame) for frame in frames}) != 1 or any(f.cell is not None for f in frames):
+        raise UserError("Only molecules of one size without a cell can be stacked.")
+    if any(frame.energy is None or frame.forces is None for frame in frames):
+        raise UserError("A frame has no energy or no forces; give frames with both.")
+    return {
+        "numbers": torch.from_numpy(np.stack([f.numbers for f in frames])),
+        "positions": torch.from_numpy(np.stack([f.positions for f in frames])).float(),
+        "energy": torch.tensor([f.energy for f in frames], dtype=torch.float64),
+        "forces": torch.from_numpy(np.stack([f.forces for f in frames])).float(),  # type: ignore[misc]
+    }
+
+
+def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tensor]:
+    """Structures of any size and periodicity one after another, with their neighbours.
+
+    Keys: numbers, positions, batch, edges, shifts, cell, energy, forces, and stress with NaN where
+    a frame has none.
+    """
+    from weightshare.equivariant.neighbours import neighbour_list
+    from weightshare.equivariant.pairs import full_edges
+
+    edges, shifts, start = [], [], 0
+    for frame in frames:
+        x = torch.from_numpy(frame.positions)
+        if cutoff is None:
+            if frame.cell is not None:
+                raise UserError("Periodic structures need a cutoff; give one.")
+            pairs = full_edges(torch.zeros(len(frame), dtype=torch.int64))
+            shift = torch.zeros(pairs.shape[1], 3, dtype=torch.int64)
+        else:
+            cell = None if frame.cell is None else torch.from_numpy(frame.cell)
+            pairs, shift = neighbour_list(x, cutoff, cell, torch.tensor(frame.pbc))
+        edges.append(pairs + start)
+        shifts.append(shift)
+        start += len(frame)
+    nothing = np.full((3, 3), np.nan)
+    return {
+        "numbers": torch.from_numpy(np.concatenate([f.numbers for f in frames])),
+        "positions": torch.from_numpy(np.concatenate([f.positions for f in frames])).float(),
+        "batch": torch.arange(len(frames)).repeat_interleave(
+            torch.tensor([len(f) for f in frames])
+        ),
+        "edges": torch.cat(edges, 1),
+        "shifts": torch.cat(shifts).float(),
+        "cell": torch.from_numpy(
+            np.stack([np.eye(3) if f.cell is None else f.cell for f in frames])
+        ).float(),
+        "energy": torch.tensor(
+            [np.nan if f.energy is None else f.energy for f in frames], dtype=torch.float64
+        ),
+        "forces": torch.from_numpy(
+            np.concatenate(
+                [np.full((len(f), 3), np.nan) if f.forces is None else f.forces for f in frames]
+            )
+        ).float(),
+        "stress": torch.from_numpy(
+            np.stack([nothing if f.stress is None else f.stress for f in frames])
+        ).float(),
+    }
