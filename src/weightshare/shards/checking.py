@@ -31,7 +31,8 @@ def check_saved(
     pools = f"{prefix}mos_pools.{adapter_name}."
     if not any(key.startswith(pools) for key in state_dict):
         return False
-    wanted = {f"{pools}{key}": pool for key, pool in model.mos_pools[adapter_name].items()}
+    pools_of: Any = model.mos_pools[adapter_name]
+    wanted = {f"{pools}{key}": pool for key, pool in pools_of.items()}
     indices: dict[tuple[str, int], Tensor] = {}
     layers: Any = model.model.named_modules()
     for name, layer in layers:

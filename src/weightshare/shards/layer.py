@@ -45,6 +45,9 @@ class MosLayer(BaseTunerLayer):
         "mos_dropout",
     )
     base_layer: Any
+    active_adapters: Any
+    get_base_weight: Any
+    set_base_weight: Any
     mos_indices_A: Any
     mos_indices_B: Any
     mos_row_scale: Any
@@ -115,7 +118,7 @@ class MosLayer(BaseTunerLayer):
         key, member = self.mos_places[adapter_name].a
         pools: Any = self._store.pools[adapter_name]
         name = f"{key}_scale_{member}"
-        return pools[name] if name in pools else None
+        return pools.get(name)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
         """A (r, h), B (o, r) and the scale of the LoRA that this adapter equals."""

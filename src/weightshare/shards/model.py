@@ -38,6 +38,7 @@ class MosModel(BaseTuner):
     uses_shared_state: bool = True
     prefix: str = "mos_"
     tuner_layer_cls = MosLayer
+    model: Any
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -51,6 +52,7 @@ class MosModel(BaseTuner):
             self.mos_pools = nn.ModuleDict({})
             self.mos_checksum = BufferDict({}, persistent=True)
             self.mos_store = PoolStore(self.mos_pools)
+            self._fresh: set[str] = set()
         self._found: list[tuple[str, nn.Module, str, nn.Module]] = []
         # Third and fourth in PEFT's order: autocast_adapter_dtype, low_cpu_mem_usage.
         on_meta = kwargs.get("low_cpu_mem_usage", args[1] if len(args) > 1 else False)
@@ -60,6 +62,7 @@ class MosModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for pool, trained in before.items():
             pool.requires_grad_(trained)
+        self._fresh.add(adapter_name)
 
     def _create_and_replace(
         self,
@@ -205,8 +208,11 @@ class MosModel(BaseTuner):
             try:
                 if check_saved(self, adapter_name, state_dict, prefix):
                     self.mos_store.forget(adapter_name)
+                    self._fresh.discard(adapter_name)
             except UserError:
-                self._withdraw(adapter_name)
+                # An adapter made for this file is of no use without it; one in use stays.
+                if adapter_name in self._fresh:
+                    self._withdraw(adapter_name)
                 raise
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -218,6 +224,7 @@ class MosModel(BaseTuner):
             self.unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._fresh.clear()
         with self._gathered(self.active_adapters):
             return self.model(*args, **kwargs)
 

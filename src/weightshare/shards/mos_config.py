@@ -43,7 +43,7 @@ class MosConfig(PeftConfig):
         rank_pattern: rank by module name or expression, instead of ``rank``.
         alpha_pattern: alpha by module name or expression, instead of ``lora_alpha``.
         shard_pattern: shards per vector by module name or expression.
-        bias: biases to train: none, all, or mos_only (those of the targeted modules). Trained biases
+        bias: biases to train: none, all, or mos_only (of the targeted modules). Trained biases
             change the model also where the adapter is disabled.
         modules_to_save: modules besides the adapter to train and save whole.
         pool_scope: who shares a pool: modules of one name and shape (type, the paper), all that

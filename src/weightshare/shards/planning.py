@@ -112,6 +112,7 @@ def plan_pools(targets: Sequence[Target], config: "MosConfig") -> Plan:
         target.name: _rank(target, config, places[target.name], public, members, widths)
         for target in targets
     }
+    _warn_capped(ranks, config)
     for key, group in members.items():
         _fill_indices(pools[key], group, config, ranks, public[key])
     if not config.pair_dissociation:
@@ -170,12 +171,6 @@ def _rank(
     asked = by_pattern(config.rank_pattern, target.name, config.rank)
     if asked is None:
         usual = 4 * config.equivalent_rank
-        if most < usual and private < config.equivalent_rank:
-            warnings.warn(
-                f"The pool of {target.name} gives at most rank {most}; it is used instead of "
-                f"{usual}.",
-                stacklevel=2,
-            )
         return min(usual, most)
     if asked > most:
         count = len(members[places["A"][0]])
@@ -184,6 +179,18 @@ def _rank(
             f"gives at most {most}; lower rank or private_rank, or raise equivalent_rank."
         )
     return int(asked)
+
+
+def _warn_capped(ranks: dict[str, int], config: "MosConfig") -> None:
+    usual = 4 * config.equivalent_rank
+    if config.rank is None and config.private < config.equivalent_rank:
+        capped = {rank for rank in ranks.values() if rank < usual}
+        if capped and not config.rank_pattern:
+            warnings.warn(
+                f"Some pools are too small for the usual rank {usual}; their modules get rank "
+                f"{', '.join(map(str, sorted(capped)))}.",
+                stacklevel=3,
+            )
 
 
 def _fill_indices(
