@@ -1,12 +1,23 @@
 """Predicted gains against gains that are known in closed form."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from weightshare.audit import ProbeConfig, Unsharing, apply, audit, predict, probe
+from weightshare.audit import (
+    Layer,
+    ProbeConfig,
+    Suggestion,
+    Unsharing,
+    apply,
+    audit,
+    predict,
+    probe,
+    spend,
+)
 from weightshare.audit.figures import (
     agreement_bars,
     agreement_data,
@@ -16,6 +27,8 @@ from weightshare.audit.figures import (
     trials_data,
 )
 from weightshare.audit.honesty import random_unsharings, summarise
+from weightshare.audit.suggest import KINDS
+from weightshare.errors import UserError
 from weightshare.sharing import tie
 
 
@@ -171,6 +184,35 @@ def test_the_probe_keeps_what_was_promised_on_a_quadratic():
     for row in (t.row() for t in result.trials):
         assert {"predicted gain", "realised gain", "origin"} <= row.keys()
     assert promise_scatter(**trials_data(result)).axes
+
+
+def test_a_budget_is_spent_like_the_best_of_all_combinations():
+    """Against all choices of at most one suggestion per layer."""
+    layers = [Layer(f"l{i}", ("a", "b"), {}) for i in range(3)]
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        offers = [
+            Suggestion(
+                Unsharing(kind, layer, (("a",), ("b",))),
+                added=int(torch.randint(1, 60, (1,), generator=g)),
+                slope=-float(torch.rand(1, generator=g)),
+                curvature=1.0,
+            )
+            for layer in layers
+            for kind in KINDS
+        ]
+        chosen = spend(offers, 70)
+        assert sum(s.added for s in chosen) <= 70
+        assert len({s.unsharing.layer for s in chosen}) == len(chosen)
+        options = [[None, *(s for s in offers if s.unsharing.layer == x)] for x in layers]
+        best = max(
+            sum(s.predicted for s in pick if s)
+            for pick in itertools.product(*options)
+            if sum(s.added for s in pick if s) <= 70
+        )
+        assert sum(s.predicted for s in chosen) == pytest.approx(best)
+    with pytest.raises(UserError, match="at least 1"):
+        spend([], 0)
 
 
 def test_random_unsharings_are_distinct_and_new():

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "layers": ["Layer"],
         "suggest": ["Suggestion", "Unsharing", "predict"],
         "lookalikes": ["Similar", "similar"],
+        "budget": ["spend"],
         "unshare": ["apply", "merge"],
         "honesty": ["Probe", "ProbeConfig", "Trial", "probe"],
     },

@@ -126,8 +126,8 @@ def audit(
         metric: in which gains are predicted; see :func:`~weightshare.audit.predict`.
         patience: stop after the grouping of every layer has come out the same so often in a row
             (from the fourth batch on); None uses all batches.
-        suggestions: whether to work out what unsharing would gain; costs about three more passes
-            over the batches.
+        suggestions: whether to work out what unsharing would gain: one more pass over the batches,
+            and eight forward and backward passes for each of the layers' three unsharings.
 
     Under ``torch.distributed`` each rank brings its share of every batch to a model wrapped in
     DistributedDataParallel; gradients are averaged as DDP averages them. Suggestions are worked
@@ -152,16 +152,16 @@ def audit(
         names = sorted({name for layer in layers for name in layer.tensors})
         stable = {layer: Stable(patience or 1) for layer in layers}
         used = 0
-        for batch in batches:
-            with per_use(model, names, keep=keep) as uses:
+        with per_use(model, names, keep=keep) as uses:
+            for batch in batches:
                 gradients = uses.gradients(loss(model, batch))
-            if inner is not model and dist.is_initialized():
-                gradients = all_reduce(gradients)
-            for layer, gram in grams.items():
-                gram.update(by_user(layer, gradients))
-            used += 1
-            if patience and _settled(stable, grams, groups) and used >= 4:
-                break
+                if inner is not model and dist.is_initialized():
+                    gradients = all_reduce(gradients)
+                for layer, gram in grams.items():
+                    gram.update(by_user(layer, gradients))
+                used += 1
+                if patience and _settled(stable, grams, groups) and used >= 4:
+                    break
         findings = [
             finding(inner, layer, gram.close(), groups=groups, draws=draws, seed=seed)
             for layer, gram in grams.items()

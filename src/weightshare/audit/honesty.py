@@ -120,7 +120,7 @@ def probe(
     drawn = random_unsharings(
         layers,
         config.random,
-        ready[0].unsharing.rank,
+        max(s.unsharing.rank for s in ready) or 4,
         config.seed,
         taken=[s.unsharing for s in suggested],
     )

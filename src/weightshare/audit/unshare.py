@@ -72,23 +72,35 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 class Scaled(nn.Module):
-    """``weight · (1 + s)`` with a factor per row, zero at first."""
+    """``weight · (1 + s / m)`` with a number s per row, zero at first; m is the weight's rms.
+
+    Divided by m, a step of Adam on s moves the weight about as far as one on the weight itself.
+    """
+
+    unit: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.zeros_like(weight[:, :1].flatten(1)[:, 0]))
+        self.scale = nn.Parameter(weight.new_zeros(len(weight)))
+        rms = weight.detach().square().mean().sqrt()
+        self.register_buffer("unit", torch.where(rms > 0, rms, 1.0).reciprocal())
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * (1 + self.scale.view(-1, *[1] * (weight.ndim - 1)))
+        return weight * (1 + self.unit * self.scale.view(-1, *[1] * (weight.ndim - 1)))
 
 
 class LowRank(nn.Module):
-    """``weight + B A``; B is zero at first, A spans where the groups were seen to disagree."""
+    """``weight + B A``; B is zero at first, A spans where the groups were seen to disagree.
 
-    def __init__(self, weight: Tensor, rank: int, rows: Tensor) -> None:
+    A's entries are one in root mean square, so that a step of Adam on B moves the weight about as
+    far as one on the weight itself.
+    """
+
+    def __init__(self, weight: Tensor, rows: Tensor) -> None:
         super().__init__()
-        self.a = nn.Parameter(rows[:rank].to(weight).contiguous())
-        self.b = nn.Parameter(weight.new_zeros(len(weight), len(self.a)))
+        rms = rows.square().mean().sqrt()
+        self.a = nn.Parameter((rows / rms).to(weight).contiguous())
+        self.b = nn.Parameter(weight.new_zeros(len(weight), len(rows)))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.b @ self.a).view_as(weight)
@@ -170,8 +182,8 @@ class _Maker:
         rank, columns = self.unsharing.rank_of(self.weight), self.weight[0].numel()
         rows = self.bases.get(f"{self.name}@{group}")
         if rows is None:
-            rows = torch.randn(rank, columns, generator=self.generator) / columns**0.5
-        return LowRank(self.weight, rank, rows)
+            rows = torch.randn(rank, columns, generator=self.generator)
+        return LowRank(self.weight, rows[:rank])
 
 
 def _uses_by_group(

@@ -81,16 +81,22 @@ class Gram:
 
     def update(self, gradients: Mapping[str, Mapping[Hashable, Kept]]) -> "Gram":
         """Add one batch, ``gradients[tensor][user]``; returns itself."""
-        names = dict.fromkeys([*self.blocks, *self._rows, *gradients])
         done = max(map(len, self._rows.values()), default=0)
-        for name in names:
+        columns: dict[str, Tensor] = {}
+        for name in dict.fromkeys([*self.blocks, *self._rows, *gradients]):
             # A tensor first met now was not used before.
             if name not in self.blocks:
                 self.blocks[name] = [self._unused(n) for n in self._lengths]
-            while len(self._rows.setdefault(name, [])) < done:
-                self._append(name, [None] * len(self.labels))
+            if name not in self._rows:
+                self._rows[name] = [[None] * len(self.labels) for _ in range(done)]
+                if done:
+                    self._open[name] = self._unused(done)
             found = gradients.get(name, {})
-            self._append(name, [found.get(label) for label in self.labels])
+            self._rows[name].append([found.get(label) for label in self.labels])
+            flat = [row for batch in self._rows[name] for row in batch]
+            columns[name] = inner_products(flat, self._rows[name][-1])
+        for name, column in _to_cpu(columns).items():
+            self._append(name, column)
         return self
 
     def _unused(self, n: int) -> Context:
@@ -99,21 +105,18 @@ class Gram:
             torch.zeros(n, k, n, k, dtype=torch.float64), torch.zeros(n, k, dtype=torch.bool)
         )
 
-    def _append(self, name: str, new: list[Kept | None]) -> None:
-        rows, k = self._rows[name], len(self.labels)
-        rows.append(new)
-        n = len(rows)
-        column = inner_products([row for batch in rows for row in batch], new).view(n, k, k)
+    def _append(self, name: str, column: Tensor) -> None:
+        n, k = len(self._rows[name]), len(self.labels)
+        column = column.view(n, k, k)
         column[-1] = (column[-1] + column[-1].T) / 2  # symmetric to the last bit
-        products = torch.zeros(n, k, n, k, dtype=torch.float64)
-        used = torch.zeros(n, k, dtype=torch.bool)
+        context = self._unused(n)
         if n > 1:
-            products[:-1, :, :-1] = self._open[name].products
-            used[:-1] = self._open[name].used
-        products[:, :, -1] = column
-        products[-1] = column.permute(2, 0, 1)
-        used[-1] = products[-1, :, -1].diagonal() > 0
-        self._open[name] = Context(products, used)
+            context.products[:-1, :, :-1] = self._open[name].products
+            context.used[:-1] = self._open[name].used
+        context.products[:, :, -1] = column
+        context.products[-1] = column.permute(2, 0, 1)
+        context.used[-1] = column[-1].diagonal() > 0
+        self._open[name] = context
 
     def close(self) -> "Gram":
         """End the context: its rows are dropped, the next ``update`` begins another."""
@@ -317,19 +320,33 @@ class Stable:
 
 
 def inner_products(rows: Sequence[Kept | None], new: Sequence[Kept | None]) -> Tensor:
-    """``⟨row_i, new_j⟩``, ``(len(rows), len(new))`` float64 on the CPU; zero where one is None."""
-    result = torch.zeros(len(rows), len(new), dtype=torch.float64)
+    """``⟨row_i, new_j⟩``, ``(len(rows), len(new))`` float64; zero where one is None."""
     left = [i for i, row in enumerate(rows) if row is not None]
     right = [j for j, row in enumerate(new) if row is not None]
-    if not left or not right:
-        return result
     ours, theirs = [rows[i] for i in left], [new[j] for j in right]
+    if not ours or not theirs:
+        return torch.zeros(len(rows), len(new), dtype=torch.float64)
     if any(isinstance(row, Factors) for row in [*ours, *theirs]):
         values = torch.stack([torch.stack([a.inner(b) for b in theirs]) for a in ours])  # type: ignore[union-attr, arg-type]
     else:
         values = _chunked([a.reshape(-1) for a in ours], [b.reshape(-1) for b in theirs])  # type: ignore[union-attr]
-    result[torch.tensor(left)[:, None], torch.tensor(right)] = values.cpu().double()
+    if len(left) == len(rows) and len(right) == len(new):
+        return values
+    result = values.new_zeros(len(rows), len(new))
+    result[torch.tensor(left)[:, None], torch.tensor(right)] = values
     return result
+
+
+def _to_cpu(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All matrices in one transfer: a wait for the GPU per tensor would cost more than they do."""
+    if len({column.device for column in columns.values()}) != 1:
+        return {name: column.cpu() for name, column in columns.items()}
+    flat = torch.cat([column.reshape(-1) for column in columns.values()]).cpu()
+    parts = flat.split([column.numel() for column in columns.values()])
+    return {
+        name: part.view_as(column)
+        for (name, column), part in zip(columns.items(), parts, strict=True)
+    }
 
 
 def _chunked(ours: list[Tensor], theirs: list[Tensor], entries: int = 2**22) -> Tensor:

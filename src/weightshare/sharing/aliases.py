@@ -188,6 +188,7 @@ class _Aliasing(TorchFunctionMode):
         self.offsets = offsets
         self.amount = amount
         self.model = model
+        self.ids = {id(parameter) for parameter in record.names}
         self.own = {
             (module, parameter): name
             for module in model.modules()
@@ -268,6 +269,9 @@ class _Aliasing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Most operations read no watched weight: they must cost next to nothing.
+        if not any(map(self._watched, args)) and not any(map(self._watched, kwargs.values())):
+            return func(*args, **kwargs)
         reads_property = getattr(func, "__name__", "") in ("__get__", "__set__")
         if func in _BACKWARD or (reads_property and func not in _DIFFERENTIABLE):
             return func(*args, **kwargs)
@@ -275,10 +279,15 @@ class _Aliasing(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         return func(*map(self._swap, args), **{k: self._swap(v) for k, v in kwargs.items()})
 
+    def _watched(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(id(v) in self.ids for v in value)
+        return id(value) in self.ids
+
     def _swap(self, value: Any) -> Any:
-        if isinstance(value, nn.Parameter):
+        if id(value) in self.ids:
             return self.alias(value)
-        if isinstance(value, list | tuple) and any(isinstance(v, nn.Parameter) for v in value):
+        if isinstance(value, list | tuple) and self._watched(value):
             return type(value)(map(self._swap, value))
         return value
 

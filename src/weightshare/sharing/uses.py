@@ -13,7 +13,7 @@ inspection cannot see, a slice or a gather of a larger weight, the module says i
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ class View:
     take: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
 
 
-@runtime_checkable
 class DeclaresUses(Protocol):
     """A module that says which slices or gathers of its parameters are uses of their own."""
 
@@ -106,8 +105,8 @@ def find_uses(
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 uses.setdefault(parameter, []).extend(Use(names[0], name, c) for c in range(runs))
-        if isinstance(module, DeclaresUses):
-            for name, views in module.shared_uses().items():
+        if (declares := getattr(module, "shared_uses", None)) is not None:
+            for name, views in declares().items():
                 parameter = named_parameter(model, names[0], name)
                 for label, take in views.items():
                     use = Use(names[0], name, view=View(label, take))

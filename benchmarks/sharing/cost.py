@@ -1,0 +1,267 @@
+"""What it costs to tell the uses of a weight apart.
+
+1. A measuring step (forward, one backward with a gradient per use, Gram matrix) against a training
+   step (forward, backward, AdamW) of the same model and batch, in time and peak memory.
+2. The Gram matrix of K losses on a net that shares nothing, against TorchJD's Gram engine, where
+   that package is installed.
+3. The error of a sketched cosine against the size of the sketch, on real gradients.
+4. Peak memory against the number of users.
+
+    python benchmarks/sharing/cost.py [--quick] [--device cuda]
+
+Peak memory is only reported on a GPU, where PyTorch counts it.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightshare.cli.console import show_table
+from weightshare.report.environment import environment
+from weightshare.sharing import CountSketch, Gram, per_use, task_gradients, tie
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+class Folded(nn.Module):
+    """A transformer whose blocks are tied in groups, as a folded language model's are."""
+
+    def __init__(self, depth: int, group: int, width: int, vocabulary: int = 4096) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        names = [n for n, p in self.blocks[0].named_parameters() if p.ndim > 1]
+        for start in range(0, depth, group):
+            block = range(start, min(start + group, depth))
+            if len(block) > 1:
+                tie(self, [[f"blocks.{i}.{name}" for i in block] for name in names])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def loss_of(model, ids):
+    logits = model(ids)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def shared_names(model):
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [found[0] for found in names.values() if len(found) > 1]
+
+
+class Steps:
+    """The steps that are compared, on one model and one batch."""
+
+    def __init__(self, model, ids):
+        self.model, self.ids = model, ids
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self.names = shared_names(model)
+        self.grams = {}
+
+    def train(self):
+        loss_of(self.model, self.ids).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def measure(self, keep=None, factors=False):
+        with per_use(self.model, self.names, keep=keep, factors=factors) as uses:
+            found = uses.gradients(loss_of(self.model, self.ids))
+        self.compare(found)
+
+    def compare(self, found):
+        """One Gram matrix per group of blocks, as an audit keeps them."""
+        by_group = {}
+        for name, each in found.items():
+            users = {use.module.split(".")[1]: g for use, g in each.items()}
+            by_group.setdefault(tuple(users), {})[name] = users
+        for users, tensors in by_group.items():
+            Gram(users).update(tensors).close()
+
+    def measure_while_training(self, keep):
+        with per_use(self.model, self.names, keep=keep) as uses:
+            loss_of(self.model, self.ids).backward()
+            found = uses.take()
+        self.compare(found)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def timed(step, device, repeats):
+    """Median seconds, and peak bytes beyond what was held before."""
+    for _ in range(2):
+        step()
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return statistics.median(seconds), peak
+
+
+def steps_table(device, quick):
+    width, depth, batch = (64, 4, 2) if quick else (512, 12, 8)
+    ids = torch.randint(4096, (batch, 64 if quick else 256), device=device)
+    rows = []
+    for group in (2, 4):
+        torch.manual_seed(0)
+        steps = Steps(Folded(depth, group, width).to(device), ids)
+        sketch = CountSketch(4096)
+        variants = {
+            "training step": steps.train,
+            "measure, whole gradients": steps.measure,
+            "measure, sketches": lambda s=steps, k=sketch: s.measure(k),
+            "measure, factors": lambda s=steps: s.measure(factors=True),
+            "train and measure, sketches": lambda s=steps, k=sketch: s.measure_while_training(k),
+        }
+        base = None
+        for name, step in variants.items():
+            seconds, peak = timed(step, device, 3 if quick else 10)
+            base = base or (seconds, peak)
+            rows.append(
+                {
+                    "uses per weight": group,
+                    "step": name,
+                    "ms": round(1e3 * seconds, 1),
+                    "time ratio": round(seconds / base[0], 2),
+                    "peak MB": peak and round(peak / 1e6),
+                    "memory ratio": peak and round(peak / base[1], 2),
+                }
+            )
+    return rows
+
+
+def torchjd_table(device, quick):
+    """K losses (one per sequence) on a net that shares nothing: the same Gram matrix, two ways."""
+    rows = []
+    tasks = 4 if quick else 8
+    torch.manual_seed(0)
+    width = 64 if quick else 512
+    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(width, width), nn.GELU())])
+    model = model.to(device)
+    x = torch.randn(tasks, width, device=device)
+    parameters = dict(model.named_parameters())
+
+    def ours(keep=None):
+        losses = model(x).square().mean(1)
+        found = task_gradients({i: losses[i] for i in range(tasks)}, parameters, keep)
+        return Gram(range(tasks)).update(found).products("paper")
+
+    sketch = CountSketch(4096)
+    variants = {"ours, whole gradients": ours, "ours, sketches": lambda: ours(sketch)}
+    if importlib.util.find_spec("torchjd"):
+        from torchjd.autogram import Engine
+
+        for dim in (None, 0):
+            net = copy.deepcopy(model)  # an engine hooks into its modules: one engine per net
+            engine = Engine(net, batch_dim=dim)
+
+            def theirs(engine=engine, net=net):
+                return engine.compute_gramian(net(x).square().mean(1))
+
+            name = "TorchJD engine" + (", batched" if dim == 0 else "")
+            error = float((theirs().double().cpu() - ours()).abs().max() / ours().abs().max())
+            assert error < 1e-3, error
+            variants[name] = theirs
+    for name, step in variants.items():
+        seconds, peak = timed(step, device, 3 if quick else 20)
+        rows.append(
+            {
+                "losses": tasks,
+                "Gram matrix by": name,
+                "ms": round(1e3 * seconds, 2),
+                "peak MB": peak and round(peak / 1e6),
+            }
+        )
+    return rows
+
+
+def sketch_table(device, quick):
+    """Root mean square error of sketched cosines on the gradients of a folded transformer."""
+    torch.manual_seed(0)
+    width = 64 if quick else 512
+    model = Folded(4, 4, width).to(device)
+    ids = torch.randint(4096, (4, 64), device=device)
+    with per_use(model, shared_names(model)) as uses:
+        found = uses.gradients(loss_of(model, ids))
+    rows = []
+    for size in (64, 256, 1024, 4096, 16384):
+        errors, expected = [], []
+        for seed in range(3 if quick else 10):
+            sketch = CountSketch(size, seed)
+            for name, each in found.items():
+                exact = Gram(each).update({name: each}).cosine()
+                small = {name: {use: sketch(name, g) for use, g in each.items()}}
+                upper = torch.triu(torch.ones_like(exact), 1).bool()
+                errors += (Gram(each).update(small).cosine() - exact)[upper].tolist()
+                expected += (1 - exact[upper].square()).tolist()
+        rms = math.sqrt(statistics.fmean(e * e for e in errors))
+        theory = math.sqrt(statistics.fmean(e * e for e in expected)) / math.sqrt(size)
+        rows.append({"size": size, "rms error": round(rms, 4), "(1-c²)/√size": round(theory, 4)})
+    return rows
+
+
+def users_table(device, quick):
+    """A loop that runs more and more often: the same weights, more users."""
+    width, rows = 64 if quick else 512, []
+    ids = torch.randint(4096, (2, 64), device=device)
+    for users in (2, 4, 8, 16) if quick else (2, 4, 8, 16, 32):
+        torch.manual_seed(0)
+        steps = Steps(Folded(users, users, width).to(device), ids)
+        row = {"users": users}
+        for name, keep in (("whole", None), ("sketched", CountSketch(4096))):
+            seconds, peak = timed(lambda keep=keep: steps.measure(keep), device, 3)  # noqa: B023
+            row |= {f"{name} ms": round(1e3 * seconds, 1), f"{name} MB": peak and round(peak / 1e6)}
+        seconds, peak = timed(steps.train, device, 3)
+        row |= {"training ms": round(1e3 * seconds, 1), "training MB": peak and round(peak / 1e6)}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small nets: under a minute on a CPU")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    result = {"benchmark": "sharing/cost", "quick": options.quick, "environment": environment()}
+    tables = {
+        "steps": ("measuring against training", steps_table),
+        "torchjd": ("the Gram matrix of K losses, nothing shared", torchjd_table),
+        "sketch": ("error of a sketched cosine", sketch_table),
+        "users": ("growth with the number of users", users_table),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for key, (title, table) in tables.items():
+        result[key] = table(device, options.quick)
+        show_table(title, result[key])
+        (RESULTS / "sharing_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
