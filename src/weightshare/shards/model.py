@@ -152,8 +152,8 @@ class MosModel(BaseTuner):
         indices = []
         for key, member in (a, b):
             pool = plan.pools[key]
-            kind = torch.int16 if pool.rows <= torch.iinfo(torch.int16).max else torch.int32
-            indices.append(torch.tensor(pool.indices[member], dtype=kind))
+            # Not int16, which no backend of torch.distributed can broadcast: DDP would fail.
+            indices.append(torch.tensor(pool.indices[member], dtype=torch.int32))
         layer.update_layer(
             adapter_name,
             Place(a, b, rank, scaling),
@@ -207,6 +207,9 @@ class MosModel(BaseTuner):
         for adapter_name in list(self.mos_pools):
             try:
                 if check_saved(self, adapter_name, state_dict, prefix):
+                    for key, tensor in state_dict.items():
+                        if tensor.dtype == torch.int16:
+                            state_dict[key] = tensor.int()
                     self.mos_store.forget(adapter_name)
                     self._fresh.discard(adapter_name)
             except UserError:
@@ -215,6 +218,15 @@ class MosModel(BaseTuner):
                     self._withdraw(adapter_name)
                 raise
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What PEFT saves; indices take two bytes each where that holds them."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        for key, tensor in found.items():
+            if "mos_indices_" in key and tensor.max() <= torch.iinfo(torch.int16).max:
+                found[key] = tensor.to(torch.int16)
+        return found
 
     def _withdraw(self, adapter_name: str) -> None:
         """Take an adapter off again that could not be loaded."""
@@ -227,11 +239,6 @@ class MosModel(BaseTuner):
         self._fresh.clear()
         with self._gathered(self.active_adapters):
             return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``generate``; the pools are gathered once for all its steps."""
-        with torch.no_grad(), self._gathered(self.active_adapters):
-            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def assembled(self, *adapter_names: str) -> Iterator[None]:
@@ -263,10 +270,15 @@ class MosModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names`` to every layer: a batch in which each row has its adapter."""
+        """What PEFT opens around a forward pass and around ``generate``.
+
+        Gathers the pools once for all of it. With ``adapter_names``, every layer is told which
+        adapter each row of the batch has.
+        """
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with self._gathered(self.active_adapters):
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
