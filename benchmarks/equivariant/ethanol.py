@@ -62,10 +62,8 @@ def train(name: str, seed: int, budget: float, path: str, device: str, quick: bo
     )
     task = PotentialTask(potential).to(device)
     batches = EpochBatches(sets["train"], 10, seed)
-    first = batches[0]["numbers"].to(device)
-    potential.network.calibrate_(
-        batches[0]["positions"].to(device), (first.unsqueeze(-1) == potential.species).float()
-    )
+    first = {k: v.to(device) for k, v in batches[0].items()}
+    potential.calibrate_(first["numbers"], first["positions"])
 
     def build(steps: int) -> tuple[Captured, LoopConfig]:
         config = LoopConfig(

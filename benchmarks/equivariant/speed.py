@@ -183,7 +183,7 @@ def main() -> None:
                 if device.startswith("cuda"):
                     torch.cuda.empty_cache()
                 try:
-                    found = measure(build(kind), device, 0.5 if quick else 3)
+                    found = measure(build(kind), device, 0.5 if quick else 1.0)
                 except torch.cuda.OutOfMemoryError:
                     return {"out_of_memory": 1}
                 return {**found, "times_plain": plain["ms"] / found["ms"] if plain else 1.0}

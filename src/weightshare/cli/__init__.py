@@ -14,6 +14,7 @@ from weightshare.errors import UserError
 COMMANDS = {
     "tour": "every system on real data, small; ends in a table and a report",
     "fold": "make a language model smaller: rank, remove, share, cure, save",
+    "points": "train an equivariant network on points: N-body, or a potential on atoms",
     "evaluate": "loss, bits per byte, zero-shot tasks, speed and size of a language model",
     "export": "turn what a run made into a format for elsewhere",
 }

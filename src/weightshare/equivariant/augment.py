@@ -4,10 +4,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weightshare.equivariant.grids import random_rotations
 from weightshare.training import GradientUpdate
+
+
+def turned(
+    batch: dict[str, Tensor],
+    rotations: Tensor,
+    vectors: Sequence[str],
+    tensors: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The batch with example b rotated by ``rotations[b]``.
+
+    Tensors named in ``vectors`` end in a vector, those in ``tensors`` in a matrix. Their first axis
+    are the examples, or points whose example stands in ``batch["batch"]``.
+    """
+    changed = {}
+    for name in [*vectors, *tensors]:
+        if name not in batch:
+            continue
+        x = batch[name]
+        # Points of several examples one after another carry their example's number.
+        flat = "batch" in batch and len(x) == len(batch["batch"]) != len(rotations)
+        turns = rotations[batch["batch"]] if flat else rotations
+        shape = (len(turns), *(1,) * (x.ndim - 2 - (name in tensors)), *turns.shape[1:])
+        moved = turns.view(shape) @ (x if name in tensors else x.unsqueeze(-1))
+        changed[name] = moved @ turns.view(shape).mT if name in tensors else moved.squeeze(-1)
+    return {**batch, **changed}
 
 
 class RotatedUpdate(GradientUpdate):
@@ -17,7 +42,8 @@ class RotatedUpdate(GradientUpdate):
     from the step's own random stream, so that a resumed run draws the same.
 
     Args:
-        vectors: keys of the batch that hold vectors (B, ..., d); the rest stays as it is.
+        vectors, tensors: keys of the batch that turn, see ``turned``; the rest stays as it is.
+        examples: key whose first axis counts the examples.
     """
 
     def __init__(
@@ -26,15 +52,15 @@ class RotatedUpdate(GradientUpdate):
         optimizer: torch.optim.Optimizer,
         *,
         vectors: Sequence[str],
+        tensors: Sequence[str] = (),
+        examples: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(task, optimizer, **options)
-        self.vectors = tuple(vectors)
+        self.vectors, self.tensors = tuple(vectors), tuple(tensors)
+        self.examples = examples or self.vectors[0]
 
     def prepare(self, batch: Any, step: int) -> Any:
         first = batch[self.vectors[0]]
-        turns = random_rotations(first.shape[0], first.shape[-1]).to(first)
-        turned = {
-            name: torch.einsum("b...d,bed->b...e", batch[name], turns) for name in self.vectors
-        }
-        return super().prepare({**batch, **turned}, step)
+        turns = random_rotations(len(batch[self.examples]), first.shape[-1]).to(first)
+        return super().prepare(turned(batch, turns, self.vectors, self.tensors), step)

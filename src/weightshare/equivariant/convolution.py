@@ -1,6 +1,9 @@
 """Group convolutions over positions and orientations whose kernels are shared over equal pairs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,6 +223,22 @@ def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
     a, b = wanted.std(), found.std()
     usable = (a > 0) & (b > 0) & torch.isfinite(a / b)
     return torch.where(usable, a / b, torch.ones_like(a))
+
+
+@contextmanager
+def calibrating(module: nn.Module) -> Iterator[None]:
+    """Inside, every convolution of ``module`` calibrates itself on what it is given, then runs."""
+
+    def before(conv: Any, given: tuple[Any, ...]) -> None:
+        conv.calibrate_(*given)
+
+    convolutions = [m for m in module.modules() if isinstance(m, SeparableConv | FullConv)]
+    hooks = [conv.register_forward_pre_hook(before) for conv in convolutions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ConvNextBlock(nn.Module):

@@ -4,6 +4,7 @@ After "Fast, Expressive SE(n) Equivariant Networks through Weight-Sharing in Pos
 Space" (Bekkers et al., ICLR 2024, arXiv 2310.02970).
 """
 
+import copy
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from weightshare.equivariant.convolution import (
     FullConv,
     Kernels,
     SeparableConv,
+    calibrating,
 )
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.invariants import MODES, Mode
@@ -254,16 +256,20 @@ class Ponita(nn.Module):
         """Scale the kernels, layer by layer, so that every convolution keeps the spread of its
         input on this batch (arguments as for the forward pass). Called once, before training; the
         forward pass never changes weights. With several processes, broadcast the weights after."""
-        hooks = [
-            module.register_forward_pre_hook(lambda conv, given: conv.calibrate_(*given))
-            for module in self.modules()
-            if isinstance(module, SeparableConv | FullConv)
-        ]
-        try:
+        with calibrating(self):
             self(*inputs, **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def regridded(self, grid: Tensor) -> "Ponita":
+        """A copy on another grid of the same space: weights are functions of invariants, so that
+        they mean the same on any number of orientations."""
+        if self.grid is None or grid.ndim != self.grid.ndim:
+            raise UserError("Only a network with orientations can change to other orientations.")
+        other = copy.deepcopy(self)
+        checked = _checked_grid(grid, self.dim).to(self.grid)
+        other.grid = checked
+        other.weights = torch.full_like(checked[:, 0, 0] if checked.ndim == 3 else checked[:, 0], 1)
+        other.weights /= len(checked)
+        return other
 
     def _check(
         self,

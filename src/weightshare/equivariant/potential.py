@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from weightshare.equivariant.convolution import calibrating
 from weightshare.equivariant.neighbours import neighbour_list
 from weightshare.equivariant.ponita import Ponita
 from weightshare.errors import UserError
@@ -217,6 +218,11 @@ class PonitaPotential(nn.Module):
                 f"The potential was made for the species {self.species.tolist()} and has never "
                 f"seen {sorted(strangers)}; train one that has."
             )
+
+    def calibrate_(self, numbers: Tensor, positions: Tensor, **options: Any) -> None:
+        """Scale the kernels to this batch once, before training (see ``Ponita.calibrate_``)."""
+        with calibrating(self):
+            self(numbers, positions, forces=False, **options)
 
     @torch.no_grad()
     def fit_references(self, compositions: Tensor, energies: Tensor) -> None:

@@ -1,0 +1,131 @@
+"""``weightshare points`` as a person uses it: whole small runs, resumes, everything wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ase")
+
+from weightshare.cli import main
+
+TINY = ["--hidden", "8", "--basis", "8", "--layers", "1", "--orientations", "6"]
+
+
+@pytest.fixture(scope="module")
+def nbody_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "nbody"
+    arguments = [
+        "points", "nbody", "--train-size", "40", "--valid-size", "10", "--test-size", "20",
+        "--epochs", "2", "--batch-size", "20", *TINY, "--out", str(out),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WEIGHTSHARE_DATA", raising=False)
+        assert main(arguments) == 0
+    return out, arguments
+
+
+@pytest.fixture(scope="module")
+def molecules(tmp_path_factory):
+    """Twenty random methanes with the energies and forces of a spring between all atoms."""
+    draw = np.random.default_rng(0)
+    places = draw.normal(size=(20, 5, 3)) * 1.2
+    gaps = places[:, :, None] - places[:, None]
+    energies = (gaps**2).sum((1, 2, 3)) / 2
+    file = tmp_path_factory.mktemp("data") / "methane.npz"
+    np.savez(
+        file, z=np.array([6, 1, 1, 1, 1]), R=places, E=energies, F=-2 * gaps.sum(2),
+        units=["R angstrom", "E kcal/mol", "F kcal/mol/angstrom"],
+    )  # fmt: skip
+    return file
+
+
+def test_the_nbody_run_says_what_scripts_rely_on(nbody_run):
+    out, _ = nbody_run
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["command"] == "points" and facts["finished"]
+    assert facts["parameters"] > 0 and facts["test"]["mse"] > 0
+    assert 0 < facts["equivariance_error"] < 1 and facts["seconds"]["train"] > 0
+    assert facts["baselines"]["constant_velocity"] < 0.2
+    assert (out / "checkpoint.safetensors").is_file()
+    page = (out / "report.html").read_text()
+    assert "constant velocity" in page and "an easy, a middling, a hard one" in page
+
+
+def test_a_second_run_is_refused_and_resuming_changes_nothing(nbody_run, capsys):
+    out, arguments = nbody_run
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    before = (out / "checkpoint.safetensors").read_bytes()
+    test = json.loads((out / "summary.json").read_text())["test"]
+    assert main([*arguments, "--resume"]) == 0
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+    assert json.loads((out / "summary.json").read_text())["test"] == test
+
+
+def test_a_potential_is_trained_saved_and_used_by_ase(molecules, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--epochs", "2", "--batch-size", "4", "--rotations", "2", *TINY]
+    assert main(["points", str(molecules), *arguments, "--out", str(out)]) == 0
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["test"]["energy_mae_mev"] > 0 and facts["test"]["force_mae_mev_a"] > 0
+    assert facts["data"] == {"train": 17, "valid": 1, "test": 2}
+    assert facts["rotation_spread"]["energy_mev"] > 0
+    from ase import Atoms
+
+    from weightshare.equivariant import PonitaCalculator
+
+    with np.load(molecules) as file:
+        atoms = Atoms(file["z"], file["R"][0])
+    atoms.calc = PonitaCalculator(out / "checkpoint.safetensors")
+    assert np.isfinite(atoms.get_forces()).all()
+
+
+def test_periodic_structures_of_several_sizes_with_stress(tmp_path):
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import write
+
+    draw, frames = np.random.default_rng(0), []
+    for n in (1, 2, 2, 3, 2, 1):
+        atoms = Atoms("Si" * n, draw.uniform(0, 4, (n, 3)), cell=np.eye(3) * 4.2, pbc=True)
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=-5.0 * n, forces=draw.normal(size=(n, 3)), stress=draw.normal(size=6) / 50
+        )
+        frames.append(atoms)
+    write(tmp_path / "si.extxyz", frames)
+    common = ["points", str(tmp_path / "si.extxyz"), "--epochs", "1", "--batch-size", "2", *TINY]
+    run = [*common, "--cutoff", "3", "--stress-weight", "1", "--out", str(tmp_path / "run")]
+    assert main(run) == 0
+    facts = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert facts["test"]["stress_mae_mev_a3"] > 0
+    assert main([*common, "--out", str(tmp_path / "no")]) == 2
+
+
+def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
+    for data in ("nbody", str(molecules)):
+        assert main(["points", data, "--dry-run", *TINY, "--out", str(tmp_path / "x")]) == 0
+        shown = capsys.readouterr().out
+        assert "parameters" in shown and "nothing was written" in shown
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/nowhere.npz"], "No data set"),
+        (["nbody", "--orientations", "0"], "--orientations is 0"),
+        (["nbody", "--hidden", "0"], "--hidden is 0"),
+        (["nbody", "--ema", "1"], "--ema is 1"),
+        (["nbody", "--test-size", "-1"], "--test-size is -1"),
+        (["FILE", "--unit", "kJ"], "unit 'kJ'"),
+        (["FILE", "--train-size", "40"], "too few"),
+        (["FILE", "--test", "/nowhere.npz"], "No data set"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence_and_2(arguments, said, molecules, tmp_path, capsys):
+    arguments = [str(molecules) if word == "FILE" else word for word in arguments]
+    assert main(["points", *arguments, "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+    assert not (tmp_path / "run").exists()
