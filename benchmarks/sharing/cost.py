@@ -106,27 +106,30 @@ class Steps:
         self.optimizer.zero_grad()
 
 
-def timed(step, device, repeats):
-    """Median seconds, and peak bytes beyond what was held before."""
-    for _ in range(2):
-        step()
-    seconds = []
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(repeats):
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return statistics.median(seconds), peak
+def race(variants, device, repeats):
+    """Least seconds and peak bytes of each step; rounds alternate, so that load hits all alike."""
+    cuda = device.type == "cuda"
+    seconds, peaks = dict.fromkeys(variants, math.inf), dict.fromkeys(variants)
+    for number in range(repeats + 1):
+        for name, step in variants.items():
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated()
+            if number:  # the first round warms up
+                seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return {name: (seconds[name], peaks[name]) for name in variants}
 
 
 def steps_table(device, quick):
-    width, depth, batch = (64, 4, 2) if quick else (512, 12, 8)
-    ids = torch.randint(4096, (batch, 64 if quick else 256), device=device)
+    # Large enough that arithmetic, not the launching of kernels, takes the time.
+    full = (1024, 12, 16, 512) if device.type == "cuda" else (256, 6, 8, 128)
+    width, depth, batch, length = (64, 4, 2, 64) if quick else full
+    ids = torch.randint(4096, (batch, length), device=device)
     rows = []
     for group in (2, 4):
         torch.manual_seed(0)
@@ -139,10 +142,9 @@ def steps_table(device, quick):
             "measure, factors": lambda s=steps: s.measure(factors=True),
             "train and measure, sketches": lambda s=steps, k=sketch: s.measure_while_training(k),
         }
-        base = None
-        for name, step in variants.items():
-            seconds, peak = timed(step, device, 3 if quick else 10)
-            base = base or (seconds, peak)
+        found = race(variants, device, 5 if quick else 10)
+        base = found["training step"]
+        for name, (seconds, peak) in found.items():
             rows.append(
                 {
                     "uses per weight": group,
@@ -161,7 +163,7 @@ def torchjd_table(device, quick):
     rows = []
     tasks = 4 if quick else 8
     torch.manual_seed(0)
-    width = 64 if quick else 512
+    width = 64 if quick else 512 if device.type == "cpu" else 2048
     model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(width, width), nn.GELU())])
     model = model.to(device)
     x = torch.randn(tasks, width, device=device)
@@ -188,8 +190,7 @@ def torchjd_table(device, quick):
             error = float((theirs().double().cpu() - ours()).abs().max() / ours().abs().max())
             assert error < 1e-3, error
             variants[name] = theirs
-    for name, step in variants.items():
-        seconds, peak = timed(step, device, 3 if quick else 20)
+    for name, (seconds, peak) in race(variants, device, 5 if quick else 20).items():
         rows.append(
             {
                 "losses": tasks,
@@ -233,12 +234,14 @@ def users_table(device, quick):
     for users in (2, 4, 8, 16) if quick else (2, 4, 8, 16, 32):
         torch.manual_seed(0)
         steps = Steps(Folded(users, users, width).to(device), ids)
+        variants = {
+            "training": steps.train,
+            "whole": steps.measure,
+            "sketched": lambda s=steps: s.measure(CountSketch(4096)),
+        }
         row = {"users": users}
-        for name, keep in (("whole", None), ("sketched", CountSketch(4096))):
-            seconds, peak = timed(lambda keep=keep: steps.measure(keep), device, 3)  # noqa: B023
+        for name, (seconds, peak) in race(variants, device, 3).items():
             row |= {f"{name} ms": round(1e3 * seconds, 1), f"{name} MB": peak and round(peak / 1e6)}
-        seconds, peak = timed(steps.train, device, 3)
-        row |= {"training ms": round(1e3 * seconds, 1), "training MB": peak and round(peak / 1e6)}
         rows.append(row)
     return rows
 
@@ -249,6 +252,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     result = {"benchmark": "sharing/cost", "quick": options.quick, "environment": environment()}
     tables = {
         "steps": ("measuring against training", steps_table),

@@ -208,7 +208,7 @@ class _Aliasing(TorchFunctionMode):
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_Aliasing":
-        for module in self.paths:
+        for module in filter(_may_read, self.paths):
             self.handles += [
                 module.register_forward_pre_hook(self._begin, prepend=True),
                 module.register_forward_hook(self._end, always_call=True),
@@ -308,6 +308,12 @@ class _Aliasing(TorchFunctionMode):
         return GhostLinear.apply(
             input, weight, self._swap(bias), lambda f: self.record.receive(name, use, f)
         )
+
+
+def _may_read(module: nn.Module) -> bool:
+    """Whether a module can be the reader of a weight: not so PyTorch's activations and dropouts."""
+    built_in = type(module).__module__.startswith("torch.nn.modules.")
+    return not built_in or bool(module._parameters) or bool(module._modules)
 
 
 _ACTIVE: list[_Aliasing] = []

@@ -1,0 +1,54 @@
+"""Settings of ``weightshare audit``. Standard library only."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class AuditConfig:
+    """Who shares which weight, do they agree, and what would it buy to unshare.
+
+    Args:
+        model: a Hugging Face folder, a GGUF file, or a known name; folded models are audited as
+            they run, at every depth.
+        data: text to measure gradients on: a file, a folder, or a known name. The last fifth of
+            its documents is kept for the probe.
+        per: look at all tensors with the same users together (layer), or at each (tensor).
+        batches: distinct batches; agreement is measured between them, so at least 2, better 16.
+        batch_size: sequences per batch.
+        sequence_length: tokens per sequence, 0 for the model's own limit, at most 256.
+        groups: into how many groups the users of a layer may be split.
+        rank: of suggested low-rank deltas.
+        metric: predict gains for training with Adam, or for plain gradient descent.
+        budget: also name the best way to spend so many additional parameters; 0 leaves it out.
+        probe: carry out so many suggested and as many random unsharings, and compare predicted with
+            realised gain; 0 leaves it out.
+        probe_steps: training steps of each trial.
+        probe_learning_rate: of AdamW in each trial.
+        sketch: numbers kept of each gradient; 0 keeps whole gradients.
+        out: the run directory.
+        overwrite: replace the run directory if it holds a run.
+        seed: of everything random.
+        device: cpu, cuda, cuda:1, or auto.
+        dtype: type to compute in; auto is float32 on a CPU and the stored type elsewhere.
+    """
+
+    model: str
+    data: str = "pystdlib"
+    per: Literal["layer", "tensor"] = "layer"
+    batches: int = 16
+    batch_size: int = 4
+    sequence_length: int = 0
+    groups: int = 2
+    rank: int = 4
+    metric: Literal["adam", "plain"] = "adam"
+    budget: int = 0
+    probe: int = 0
+    probe_steps: int = 30
+    probe_learning_rate: float = 1e-3
+    sketch: int = 4096
+    out: str = "runs/audit"
+    overwrite: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"

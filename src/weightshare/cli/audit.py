@@ -1,0 +1,225 @@
+"""``weightshare audit``: who shares which weight, do they agree, what would it buy to unshare."""
+
+from typing import TYPE_CHECKING, Any
+
+from weightshare.errors import UserError
+
+if TYPE_CHECKING:
+    from weightshare.audit import Audit, Probe
+    from weightshare.audit.config import AuditConfig
+    from weightshare.language import LanguageModel
+
+CONFIG = "weightshare.audit.config:AuditConfig"
+EXTRA = "folding"
+EXAMPLES = """
+  weightshare audit runs/fold/model
+  weightshare audit runs/fold/model --data notes.txt --per tensor --budget 100000
+  weightshare audit tiny --probe 4 --out runs/audit
+"""
+
+LONGEST = 256
+MAPS, LISTED = 12, 12
+"""Heat maps in the report, and suggestions printed."""
+
+
+def run(config: "AuditConfig") -> None:
+    """Audit one language model and leave a run directory."""
+    from weightshare.audit import ProbeConfig, audit, figures, probe, spend
+    from weightshare.audit.language import language_loss
+    from weightshare.cli.console import say, show_table
+    from weightshare.cli.models import open_model
+    from weightshare.report import Run
+
+    check(config)
+    source = open_model(config.model, config.dtype, config.device)
+    audited, heldout = read_batches(config, source)
+    with Run.open(config.out, config, command="audit", overwrite=config.overwrite) as run:
+        run.summary(device=str(source.model.device), model=config.model)
+
+        # 1. Measure.
+        found = audit(
+            source.model,
+            audited,
+            language_loss,
+            per=config.per,
+            sketch=config.sketch or None,
+            groups=config.groups,
+            rank=config.rank,
+            metric=config.metric,
+            seed=config.seed,
+        )
+        run.summary(**summary_of(found))
+        if not found.findings:
+            say_unshared(run, found)
+            return
+        show_table("who shares what, and do they agree", found.rows())
+        run.rows("shared", found.rows(), "Shared weights, the least agreeing first.")
+        run.figure(
+            "agreement",
+            figures.agreement_bars(**figures.agreements_data(found)),
+            "Mean cosine of the users' gradients with its 95 % interval.",
+        )
+        for number, one in enumerate(found.findings[:MAPS]):
+            run.figure(
+                f"users-{number}",
+                figures.agreement_map(**figures.agreement_data(one)),
+                f"{one.layer.name}: cosines of its users.",
+            )
+        for one in found.findings:
+            if one.never:
+                say(f"never got a gradient: {', '.join(one.never)}")
+
+        # 2. Advise.
+        rows = [suggestion.row() for suggestion in found.suggestions]
+        show_table("what to unshare, best first", rows[:LISTED])
+        run.rows("suggestions", rows, "Gain in loss along one step, per added parameter.")
+        if config.budget:
+            chosen = spend([s for s in found.suggestions if s.beyond_chance], config.budget)
+            run.rows(
+                "budget", [s.row() for s in chosen], f"{config.budget} parameters, best spent."
+            )
+            if chosen:
+                show_table(f"{config.budget:,} parameters, best spent", [s.row() for s in chosen])
+            else:
+                say("nothing is worth the budget: no shared weight disagrees beyond chance")
+        save_plan(run, source, found)
+
+        # 3. Check the promises.
+        if config.probe:
+            tried = probe(
+                source.model,
+                audited,
+                heldout,
+                language_loss,
+                found,
+                ProbeConfig(
+                    suggested=config.probe,
+                    random=config.probe,
+                    steps=config.probe_steps,
+                    learning_rate=config.probe_learning_rate,
+                    metric=config.metric,
+                    seed=config.seed,
+                ),
+                progress=say,
+            )
+            report_probe(run, tried)
+        say(f"report: {run.path / 'report.html'}")
+
+
+def check(config: "AuditConfig") -> None:
+    """Refuse numbers that make no sense."""
+    least = {"batches": 2, "batch_size": 1, "groups": 2, "rank": 1, "probe": 0, "budget": 0}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least {value}."
+            )
+
+
+def read_batches(config: "AuditConfig", source: "LanguageModel") -> tuple[list[Any], list[Any]]:
+    """Batches to audit and train on, and held-out ones for the probe."""
+    from weightshare.audit.language import text_batches
+    from weightshare.language import read_documents, windows
+
+    documents = read_documents(config.data)
+    cut = max(1, len(documents) * 4 // 5)
+    longest = getattr(source.model.config, "max_position_embeddings", LONGEST)
+    length = config.sequence_length or min(LONGEST, longest)
+    device = source.model.device
+    audited = text_batches(
+        windows(source.tokenizer, documents[:cut], length),
+        config.batches,
+        config.batch_size,
+        device,
+    )
+    if not config.probe:
+        return audited, []
+    if cut == len(documents):
+        raise UserError(
+            "--probe needs held-out text, but the data is a single document; give more than one."
+        )
+    rest = windows(source.tokenizer, documents[cut:], length)
+    return audited, text_batches(rest, config.batches, config.batch_size, device)
+
+
+def summary_of(found: "Audit") -> dict[str, Any]:
+    """What a script may rely on."""
+    return {
+        "shared_weights": len(found.findings),
+        "parameters": {"unique": found.size.unique, "total": found.size.total},
+        "saved_parameters": found.saved,
+        "batches": found.batches,
+        "agreement": {
+            f.layer.name: {
+                "cosine": f.agreement,
+                "low": f.low,
+                "high": f.high,
+                "conflict_rate": f.conflict_rate,
+                "beyond_chance": f.split.advised,
+                "never_used": list(f.never),
+            }
+            for f in found.findings
+        },
+        "suggestions": [suggestion.row() for suggestion in found.suggestions],
+    }
+
+
+def say_unshared(run: Any, found: "Audit") -> None:
+    """No shared weight is an answer: show what could be shared."""
+    from weightshare.cli.console import say, show_table
+
+    say("no weight of this model is shared")
+    rows = [
+        {"first": s.first, "second": s.second, "cosine": round(s.cosine, 3), "would save": s.saved}
+        for s in found.similar
+    ]
+    run.summary(similar=rows)
+    if rows:
+        run.rows("similar", rows, "Matrices of one shape with the most similar values.")
+        show_table("most similar matrices of one shape", rows)
+    say(f"report: {run.path / 'report.html'}")
+
+
+def save_plan(run: Any, source: "LanguageModel", found: "Audit") -> None:
+    """For a folded model, the first advised split of a group as a fold plan."""
+    from weightshare.audit.folded import is_folded, unshared_plan
+    from weightshare.cli.console import say
+
+    for suggestion in found.suggestions if is_folded(source.model) else []:
+        if suggestion.beyond_chance and suggestion.unsharing.kind == "unshare":
+            try:
+                plan = unshared_plan(source.model, suggestion)
+            except UserError:
+                continue  # about the tied head, or single tensors
+            path = run.save("plan.json", plan.save)
+            say(f"fold plan without the most costly group: {path} (for weightshare fold --plan)")
+            return
+
+
+def report_probe(run: Any, tried: "Probe") -> None:
+    """Promised and realised, side by side, with the correlation whatever its sign."""
+    from weightshare.audit import figures
+    from weightshare.cli.console import say, show_table
+
+    rows = [trial.row() for trial in tried.trials]
+    show_table("promised and realised", rows)
+    run.rows("probe", rows, "Suggested and random unsharings, carried out at one budget.")
+    run.figure(
+        "probe",
+        figures.promise_scatter(**figures.trials_data(tried)),
+        "Realised against predicted gain of every trial.",
+    )
+    run.summary(
+        probe={
+            "rank_correlation": tried.correlation,
+            "low": tried.low,
+            "high": tried.high,
+            "rank_correlation_per_parameter": tried.per_parameter,
+            "gain": {k: tried.mean_gain(k) for k in ("suggested", "random")},
+            "gain_per_parameter": {k: tried.mean_gain(k, True) for k in ("suggested", "random")},
+        }
+    )
+    say(
+        f"rank correlation of predicted and realised gain: {tried.correlation:+.2f} "
+        f"(95 % {tried.low:+.2f} to {tried.high:+.2f})"
+    )
