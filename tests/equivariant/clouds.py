@@ -17,17 +17,6 @@ def network(**options):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    # A grid goes through float32 in the constructor; here it must be exact.
-    grid = options.get("grid")
-    if grid is not None:
-        model.grid.copy_(grid)
-    elif model.grid is not None:
-        from weightshare.equivariant import make_grid
-
-        model.grid.copy_(make_grid(len(model.grid), model.dim))
-    n = len(model.weights)
-    if not options.get("quadrature"):
-        model.weights.fill_(1 / n)
     return model
 
 

@@ -1,5 +1,7 @@
 """Forces and stress are the derivatives they claim to be; the calculator speaks ASE."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,6 @@ def test_forces_on_a_grid_axis_are_right_in_smooth_mode_and_jump_in_reference_mo
     jumps = {}
     for mode in ("smooth", "reference"):
         model = potential(invariants=mode)
-        model.network.grid.copy_(platonic(6))
 
         def pull(sideways, model=model):
             x = torch.stack([torch.zeros(3, dtype=torch.float64), 1.1 * axis])
@@ -102,6 +103,44 @@ def test_a_recomputed_basis_gives_the_same_forces_and_second_derivatives():
                                     allow_unused=True)  # fmt: skip
         found.append([said.energy, said.forces, *(g for g in grads if g is not None)])
     assert all(close(a, b) for a, b in zip(*found, strict=True))
+
+
+def bytes_kept(recompute):
+    """What the graph of energies and forces holds until the loss is differentiated."""
+
+    class Box:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    alive = weakref.WeakSet()
+
+    def pack(tensor):
+        box = Box(tensor)
+        alive.add(box)
+        return box
+
+    model = potential(recompute=recompute, layers=3, hidden=16, basis=32)
+    numbers, x = NUMBERS.repeat(4, 1), torch.stack([molecule(k) for k in range(4)])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        said = model(numbers, x, create_graph=True)
+    storages = {b.tensor.untyped_storage().data_ptr(): b.tensor.untyped_storage() for b in alive}
+    assert said.forces.grad_fn is not None
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_recomputing_keeps_a_fraction_of_the_memory_through_the_double_backward():
+    assert bytes_kept(True) < 0.45 * bytes_kept(False)
+
+
+def test_recomputed_second_derivatives_pass_gradgradcheck():
+    model = potential(recompute=True, cutoff=2.5, layers=1, hidden=3, basis=3)
+    x = molecule()[:2].requires_grad_()
+    weight = model.network.functions.spatial.first.weight
+
+    def energy(x, weight):
+        return model(NUMBERS[:2], x, create_graph=True).energy
+
+    assert torch.autograd.gradgradcheck(energy, (x, weight))
 
 
 CELL = torch.tensor([[3.0, 0.2, -0.3], [0.4, 2.8, 0.1], [-0.2, 0.5, 3.1]], dtype=torch.float64)

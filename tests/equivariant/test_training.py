@@ -73,7 +73,6 @@ def test_a_turned_batch_has_the_same_loss_where_the_network_is_exact():
     data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     from weightshare.equivariant import platonic, symmetries
 
-    task.potential.network.grid.copy_(platonic(6))
     rotations = symmetries(platonic(6))[[3, 7, 11, 0, 20, 5]]
     moved = turned(data, rotations, ("positions", "forces"))
     assert not close(moved["positions"], data["positions"], 1e-3)

@@ -397,7 +397,7 @@ def trajectories(run: Any, counts: tuple[int, int, int]) -> dict[str, Any]:
 
     from weightshare.cli.console import say
     from weightshare.data import locate
-    from weightshare.equivariant.nbody import PUBLISHED, NBody, make_nbody
+    from weightshare.equivariant.nbody import PUBLISHED, NBody, make_sets
     from weightshare.report import TENSORS
 
     names = ("charges", "start", "velocity", "target")
@@ -412,19 +412,22 @@ def trajectories(run: Any, counts: tuple[int, int, int]) -> dict[str, Any]:
 
     def compute() -> dict[str, torch.Tensor]:
         kept = found()
-        keys = dict(zip(names, ("charges", "loc30", "vel30", "loc40"), strict=True))
-        result = {}
-        starts = (0, PUBLISHED[0], PUBLISHED[0] + PUBLISHED[1])
-        for part, count, start in zip(("train", "valid", "test"), counts, starts, strict=True):
-            if kept is not None and count <= len(kept[f"{part}_idx"]):
-                rows = kept[f"{part}_idx"][:count]
-                data = NBody(*(kept[keys[name]][rows] for name in names))
-            else:
-                say(f"simulating {count} trajectories ({part})")
-                data = make_nbody(count, skip=start)
-            for name in names:
-                result[f"{part}.{name}"] = torch.from_numpy(getattr(data, name)).float()
-        return result
+        parts = ("train", "valid", "test")
+        if kept is not None and all(
+            count <= len(kept[f"{part}_idx"]) for part, count in zip(parts, counts, strict=True)
+        ):
+            rows = [kept[f"{part}_idx"][:count] for part, count in zip(parts, counts, strict=True)]
+            whole = NBody(kept["charges"], kept["loc30"], kept["vel30"], kept["loc40"])
+            sets = [whole.take(index) for index in rows]
+        else:
+            say(f"simulating {sum(counts)} trajectories")
+            starts = (0, PUBLISHED[0], PUBLISHED[0] + PUBLISHED[1])
+            sets = make_sets(list(zip(starts, counts, strict=True)))
+        return {
+            f"{part}.{name}": torch.from_numpy(getattr(data, name)).float()
+            for part, data in zip(parts, sets, strict=True)
+            for name in names
+        }
 
     tensors = run.stage("trajectories", compute, TENSORS)
     return {

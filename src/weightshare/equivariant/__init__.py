@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         "convolution": ["ConvNextBlock", "FullConv", "SeparableConv"],
         "neighbours": ["Neighbours", "neighbour_list", "radius_edges"],
         "ponita": ["Ponita"],
+        "reference": ["from_reference"],
         "symmetrised": ["Symmetrised", "symmetrise"],
         "potential": ["PonitaPotential", "Prediction", "hessian"],
         "calculator": ["PonitaCalculator"],

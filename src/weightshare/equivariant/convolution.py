@@ -1,13 +1,13 @@
 """Group convolutions over positions and orientations whose kernels are shared over equal pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.func import functional_call
 
 from weightshare.equivariant.basis import KernelBasis
 from weightshare.equivariant.invariants import (
@@ -18,6 +18,7 @@ from weightshare.equivariant.invariants import (
     window,
 )
 from weightshare.equivariant.pairs import Pairs
+from weightshare.equivariant.recomputed import recomputed
 
 
 @dataclass
@@ -82,9 +83,17 @@ class BasisFunctions(nn.Module):
             return full_invariants(delta, grid, self.mode, self.chiral)
         return spatial_invariants(delta, grid, self.mode)
 
-    def evaluate(self, pairs: Pairs, grid: Tensor | None) -> Tensor:
+    def evaluate(
+        self, pairs: Pairs, grid: Tensor | None, parameters: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """Basis of every pair, faded by the window and zero for padded senders."""
-        basis: Tensor = self.spatial(self._invariants(pairs.delta, grid))
+        invariants = self._invariants(pairs.delta, grid)
+        if parameters is None:
+            basis: Tensor = self.spatial(invariants)
+        else:
+            names = [name for name, _ in self.spatial.named_parameters()]
+            chosen = dict(zip(names, parameters, strict=True))
+            basis = functional_call(self.spatial, chosen, (invariants,))
         fade = pairs.weight
         if self.window_cutoff is not None:
             u = window(pairs.delta, self.window_cutoff)
@@ -120,6 +129,19 @@ def full_message(
     return pairs.sum(torch.einsum("...opc,...oc->...pc", kernel, senders))
 
 
+def again(
+    message: Callable[..., Tensor], field: Tensor, weight: Tensor, kernels: Kernels, *more: Tensor
+) -> Tensor:
+    """A message whose basis is computed for it alone, and again in every backward pass."""
+    pairs, source, grid = kernels.pairs, kernels.source, kernels.grid
+
+    def whole(field: Tensor, weight: Tensor, delta: Tensor, *parameters: Tensor) -> Tensor:
+        moved = pairs.at(delta)
+        return message(field, weight, moved, source.evaluate(moved, grid, parameters), *more)
+
+    return recomputed(whole, field, weight, pairs.delta, *source.spatial.parameters())
+
+
 class SeparableConv(nn.Module):
     r"""Depth-wise convolution that is a product of space and sphere.
 
@@ -144,17 +166,7 @@ class SeparableConv(nn.Module):
         if kernels.spatial is not None:
             return spatial_message(field, weight, pairs, kernels.spatial)
 
-        def again(field: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-            moved = pairs.at(delta)
-            return spatial_message(
-                field, weight, moved, kernels.source.evaluate(moved, kernels.grid)
-            )
-
-        # Non-reentrant: the reentrant kind cannot be differentiated twice.
-        found: Tensor = checkpoint(
-            again, field, weight, pairs.delta, use_reentrant=False, preserve_rng_state=False
-        )
-        return found
+        return again(spatial_message, field, weight, kernels)
 
     def over_sphere(self, field: Tensor, kernels: Kernels) -> Tensor:
         """The second step, without bias."""
@@ -199,15 +211,7 @@ class FullConv(nn.Module):
         if kernels.spatial is not None:
             return full_message(field, weight, pairs, kernels.spatial, measure)
 
-        def again(field: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-            moved = pairs.at(delta)
-            basis = kernels.source.evaluate(moved, kernels.grid)
-            return full_message(field, weight, moved, basis, measure)
-
-        found: Tensor = checkpoint(
-            again, field, weight, pairs.delta, use_reentrant=False, preserve_rng_state=False
-        )
-        return found
+        return again(full_message, field, weight, kernels, measure)
 
     def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
         return self._message(field, kernels) + self.bias

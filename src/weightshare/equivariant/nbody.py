@@ -6,7 +6,7 @@ moment the network predicts the positions 1,000 steps later. This is the "nbody_
 gives the same trajectories.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,10 +125,24 @@ def make_nbody(
     With the defaults, trajectories 0-2,999 are the published training set, 10,000-11,999 the
     validation and 12,000-13,999 the test set. The work is 4,100 steps of all trajectories together.
     """
-    charges, places, speeds = initial_states(count, seed, skip, particles)
+    return make_sets([(skip, count)], seed, particles, frames, progress)[0]
+
+
+def make_sets(
+    parts: Sequence[tuple[int, int]],
+    seed: int = SEED,
+    particles: int = 5,
+    frames: tuple[int, int] = (30, 40),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[NBody]:
+    """Several stretches (skip, count) of one stream, simulated together."""
+    states = [initial_states(count, seed, skip, particles) for skip, count in parts]
+    charges, places, speeds = (np.concatenate(kind) for kind in zip(*states, strict=True))
     found = simulate(charges, places, speeds, frames, progress)
     (start, velocity), (target, _) = found[frames[0]], found[frames[1]]
-    return NBody(charges, start, velocity, target, STEP * EVERY * (frames[1] - frames[0]))
+    whole = NBody(charges, start, velocity, target, STEP * EVERY * (frames[1] - frames[0]))
+    ends = np.cumsum([count for _, count in parts]).tolist()
+    return [whole.take(slice(e - n, e)) for e, (_, n) in zip(ends, parts, strict=True)]
 
 
 def constant_velocity(train: NBody, test: NBody) -> float:

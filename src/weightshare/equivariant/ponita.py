@@ -5,7 +5,7 @@ Space" (Bekkers et al., ICLR 2024, arXiv 2310.02970).
 """
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,10 +132,9 @@ class Ponita(nn.Module):
         weights = torch.full((n,), 1 / n, dtype=torch.float64)
         if quadrature and grid is not None and grid.ndim == 2:
             weights = grids.quadrature_weights(grid)
-        dtype = torch.get_default_dtype()
         # Both are part of what was learnt: another grid is another network.
-        self.register_buffer("grid", None if grid is None else grid.to(dtype))
-        self.register_buffer("weights", weights.to(dtype))
+        self.register_buffer("grid", grid)
+        self.register_buffer("weights", weights)
         full = convolution == "full"
         self.functions = BasisFunctions(
             grid, invariants, chiral, full, hidden, basis, degree,
@@ -156,6 +155,15 @@ class Ponita(nn.Module):
             nn.Linear(hidden, channels) if multiple_readouts or last else nn.Identity()
             for last in [False] * (layers - 1) + [True]
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the rest, but keep the grid exact, whatever the precision of the weights."""
+        kept = {name: getattr(self, name) for name in ("grid", "weights")}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            if tensor is not None:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
 
     def forward(
         self,
@@ -218,11 +226,12 @@ class Ponita(nn.Module):
 
     def _start(self, pairs: Pairs, *inputs: Tensor | None) -> tuple[Tensor, Kernels]:
         """The lifted, embedded field and the kernels' basis."""
-        grid = self.grid
+        dtype = pairs.delta.dtype
+        grid = None if self.grid is None else self.grid.to(dtype)
         if self.random_grid and grid is not None:
             turn = grids.random_rotations(1, self.dim)[0].to(grid)
             grid = grid @ turn.T if grid.ndim == 2 else turn @ grid
-        kernels: Kernels = self.functions(pairs, grid, self.weights)
+        kernels: Kernels = self.functions(pairs, grid, self.weights.to(dtype))
         return self.embed(fields.lift(grid, *inputs)), kernels
 
     def _finish(
@@ -240,7 +249,7 @@ class Ponita(nn.Module):
                 said = readout(field)
                 total, count = (said if total is None else total + said), count + 1
         assert total is not None
-        found = fields.read(kernels.grid, self.weights, total / count, *self.outputs)
+        found = fields.read(kernels.grid, kernels.weights, total / count, *self.outputs)
         if self.vector_scale != 1:
             found = found._replace(vectors=found.vectors * self.vector_scale)
         if mask is not None:
@@ -265,10 +274,8 @@ class Ponita(nn.Module):
         if self.grid is None or grid.ndim != self.grid.ndim:
             raise UserError("Only a network with orientations can change to other orientations.")
         other = copy.deepcopy(self)
-        checked = _checked_grid(grid, self.dim).to(self.grid)
-        other.grid = checked
-        other.weights = torch.full_like(checked[:, 0, 0] if checked.ndim == 3 else checked[:, 0], 1)
-        other.weights /= len(checked)
+        other.grid = _checked_grid(grid, self.dim).to(self.grid.device)
+        other.weights = self.weights.new_full((len(grid),), 1 / len(grid))
         return other
 
     def _check(
