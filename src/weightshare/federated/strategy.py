@@ -113,6 +113,7 @@ class ReputationStrategy(Strategy):
         draw = np.random.default_rng(len(initial))
         self._watched = draw.choice(len(initial), min(WATCHED, len(initial)), replace=False)
         self._seen: dict[str, Vector] = {}
+        self.extra: dict[str, NDArray[Any]] = {}
         self._bytes = 0
         if roster is not None:
             self._begin(roster)
@@ -221,6 +222,12 @@ class ReputationStrategy(Strategy):
         """A participant's exact model, ``(D,)``."""
         return self._model(name).copy()
 
+    def reward_of(self, name: str) -> Vector | None:
+        """The reward that the next message brings, ``(D,)``; None where there is none."""
+        if self._rewards is None or name not in self._scales or not self._rewards.count(name):
+            return None
+        return np.where(self._rewards.support(name), self._values(name), np.float32(0))
+
     def statement(self, name: str) -> list[dict[str, Any]]:
         """What a participant was sent and how it was judged, round by round."""
         return [
@@ -250,14 +257,20 @@ class ReputationStrategy(Strategy):
 
     # Survival -----------------------------------------------------------------------------------
 
-    def save(self, folder: Path, keep: int = 2) -> Path:
-        """Write a checkpoint, whole or not at all, after a round and before the next message."""
+    def save(
+        self, folder: Path, keep: int = 2, extra: Mapping[str, NDArray[Any]] | None = None
+    ) -> Path:
+        """Write a checkpoint, whole or not at all, after a round and before the next message.
+
+        ``extra`` are arrays of the caller's that ``restore`` leaves in ``self.extra``.
+        """
         import torch
 
         from weightshare.training import checkpoint
 
         tensors = {"models": self.models, "server": self.server, "initial": self.initial}
         tensors |= {f"seen/{name}": value for name, value in self._seen.items()}
+        tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
         values = {
             "schema": SCHEMA,
             "rules": self._rules(),
@@ -313,6 +326,11 @@ class ReputationStrategy(Strategy):
             name.removeprefix("seen/"): t.numpy()
             for name, t in tensors.items()
             if name.startswith("seen/")
+        }
+        self.extra = {
+            name.removeprefix("extra/"): t.numpy()
+            for name, t in tensors.items()
+            if name.startswith("extra/")
         }
         self._stale = set(self.names)
         self._rewards, self._scales, self._own = None, {}, {}
@@ -460,9 +478,7 @@ class ReputationStrategy(Strategy):
                 share = np.float32(judged.weights[name] * judged.scales[name])
                 self._own[name] = share * updates[name]
             entries = self._rewards.count(name)
-            reward = None
-            if entries:
-                reward = np.where(self._rewards.support(name), self._values(name), np.float32(0))
+            reward = self.reward_of(name)
             row = self.names.index(name)
             self.models[row] = wire.advance(self.models[row], updates[name], own, reward)
             size = len(aggregate)
