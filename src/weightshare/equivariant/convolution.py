@@ -34,7 +34,7 @@ class Kernels:
     spatial: Tensor | None
     fibre: Tensor | None
     weights: Tensor
-    source: "BasisFunctions"
+    source: "BasisFunctions | None"
     grid: Tensor | None
 
 
@@ -134,6 +134,7 @@ def again(
 ) -> Tensor:
     """A message whose basis is computed for it alone, and again in every backward pass."""
     pairs, source, grid = kernels.pairs, kernels.source, kernels.grid
+    assert source is not None
 
     def whole(field: Tensor, weight: Tensor, delta: Tensor, *parameters: Tensor) -> Tensor:
         moved = pairs.at(delta)

@@ -84,6 +84,26 @@ def full_invariants(delta: Tensor, grid: Tensor, mode: Mode, chiral: bool = Fals
     return torch.cat(parts, -1)
 
 
+def pair_invariants(
+    delta: Tensor, receiver: Tensor, sender: Tensor, mode: Mode, chiral: bool = False
+) -> Tensor:
+    r"""Invariants of one pair of point-orientations each: (..., d) three times -> (..., a).
+
+    As published the position is seen from the *receiver's* orientation here:
+    :math:`o\cdot\Delta, \lVert\Delta_\perp\rVert, o\cdot o'`; ``complete`` as in
+    ``full_invariants``.
+    """
+    along = (receiver * delta).sum(-1)
+    between = (receiver * sender).sum(-1)
+    if mode == "complete":
+        found = [along, (sender * delta).sum(-1), delta.square().sum(-1), between]
+        if chiral:
+            found.append((delta * torch.linalg.cross(receiver, sender)).sum(-1))
+        return torch.stack(found, -1)
+    across = (delta - along.unsqueeze(-1) * receiver).square().sum(-1)
+    return torch.stack([along, _length(across) if mode == "reference" else across, between], -1)
+
+
 def window(delta: Tensor, cutoff: float) -> Tensor:
     r"""Envelope :math:`1 - 28 s^3 + 48 s^{7/2} - 21 s^4`, :math:`s=\lVert\Delta\rVert^2/r_c^2`.
 

@@ -1,0 +1,106 @@
+"""Structures from files: small ones written here, real ones where WEIGHTSHARE_DATA has them."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from weightshare.data import locate
+from weightshare.equivariant import collate, read_structures, stack_molecules
+from weightshare.equivariant.structures import KCAL_PER_MOL
+from weightshare.errors import UserError
+
+ase = pytest.importorskip("ase")
+
+
+def arrays(n=3):
+    draw = np.random.default_rng(0)
+    return {
+        "z": np.array([6, 1]), "R": draw.normal(size=(n, 2, 3)), "E": draw.normal(size=n),
+        "F": draw.normal(size=(n, 2, 3)),
+    }  # fmt: skip
+
+
+def test_units_are_converted_once_and_never_guessed(tmp_path):
+    data = arrays()
+    np.savez(tmp_path / "md17.npz", **data, units=["R angstrom", "E kcal/mol"])
+    found = read_structures(tmp_path / "md17.npz")
+    assert found[1].energy == pytest.approx(KCAL_PER_MOL * data["E"][1])
+    assert np.allclose(found[2].forces, KCAL_PER_MOL * data["F"][2])
+    np.savez(tmp_path / "plain.npz", **data)
+    with pytest.raises(UserError, match="does not say"):
+        read_structures(tmp_path / "plain.npz")
+    assert read_structures(tmp_path / "plain.npz", "eV")[0].energy == data["E"][0]
+    names = {"z": "nuclear_charges", "R": "coords", "E": "energies", "F": "forces"}
+    np.savez(tmp_path / "rmd17.npz", **{names[k]: v for k, v in data.items()})
+    assert read_structures(tmp_path / "rmd17.npz")[0].energy == found[0].energy
+
+
+def test_extended_xyz_keeps_cell_stress_and_numbers(tmp_path):
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import write
+
+    atoms = Atoms("SiO", [[0, 0, 0], [1.1, 0.2, 0]], cell=[4, 5, 6], pbc=[True, True, False])
+    stress = np.array([1.0, 2, 3, 4, 5, 6]) / 100
+    atoms.calc = SinglePointCalculator(atoms, energy=-3.5, forces=np.ones((2, 3)), stress=stress)
+    write(tmp_path / "a.extxyz", [atoms, Atoms("H")])
+    first, second = read_structures(tmp_path / "a.extxyz")
+    assert first.energy == -3.5 and first.pbc == (True, True, False)
+    assert first.stress[1, 2] == stress[3] and first.stress[0, 2] == stress[4]
+    assert first.stress[0, 1] == stress[5] and np.allclose(first.stress, first.stress.T)
+    assert second.energy is None and second.cell is None and second.numbers.tolist() == [1]
+    batch = collate([first, second], 3.0)
+    assert batch["stress"][1].isnan().all() and batch["energy"][1].isnan()
+    assert batch["batch"].tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match="one size"):
+        stack_molecules([first, second])
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path):
+    data = arrays()
+    broken = {**data, "R": np.full((3, 2, 3), np.nan)}
+    together = {**data, "R": np.zeros((3, 2, 3))}
+    np.savez(tmp_path / "pickled.npz", z=np.array([{}], dtype=object))
+    (tmp_path / "a.csv").write_text("")
+    np.savez(tmp_path / "nan.npz", **broken)
+    np.savez(tmp_path / "same.npz", **together)
+    np.savez(tmp_path / "part.npz", z=data["z"])
+    cases = {"pickled": "pickled", "nan": "not finite", "same": "one place", "part": "lacks R, E"}
+    for name, said in cases.items():
+        with pytest.raises(UserError, match=said):
+            read_structures(tmp_path / f"{name}.npz", "eV")
+    with pytest.raises(UserError, match="neither"):
+        read_structures(tmp_path / "a.csv")
+    with pytest.raises(UserError, match="no file"):
+        read_structures(tmp_path / "b.npz")
+    with pytest.raises(UserError, match="not known"):
+        read_structures(tmp_path / "nan.npz", "kJ")
+
+
+REAL = {
+    "ethanol_ccsdt_1000": (1000, 9), "rmd17/aspirin_train_01": (1000, 21),
+    "atoms/3bpa/train_300K.xyz.gz": (500, 27), "atoms/acac/test_MD_300K.xyz.gz": (650, 15),
+    "atoms/mlearn/Si_test.extxyz.gz": (25, None), "atoms/nbmotaw/test.extxyz.gz": (376, None),
+}  # fmt: skip
+
+
+@pytest.mark.skipif("WEIGHTSHARE_DATA" not in os.environ, reason="needs WEIGHTSHARE_DATA")
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name):
+    try:
+        path = locate(name)
+    except UserError:
+        pytest.skip(f"{name} is not in WEIGHTSHARE_DATA")
+    frames = read_structures(path)
+    count, atoms = REAL[name]
+    assert len(frames) == count and (atoms is None or len(frames[0]) == atoms)
+    for frame in frames[:20]:
+        assert frame.forces is not None and abs(frame.forces.sum(0)).max() < 1e-3
+        assert frame.energy < 0
+    periodic = frames[0].cell is not None
+    batch = collate(frames[:2], 4.0 if periodic else None)
+    assert torch.isfinite(batch["positions"]).all() and batch["edges"].shape[1] > 0
+    if periodic:
+        assert np.allclose(frames[0].stress, frames[0].stress.T)
