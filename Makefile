@@ -29,10 +29,10 @@ tour-short: $(READY)  ## a one-minute cut of the tour
 	$(BIN)/weightshare tour --out runs/tour-short --short true --overwrite true
 
 test: $(READY)   ## the tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## the slow tests too
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(READY)   ## ruff: style and mistakes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

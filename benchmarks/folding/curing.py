@@ -22,7 +22,7 @@ from weightshare.folding.curing import CureTask, depths_of
 from weightshare.language import evaluate, load_model, read_documents, split_documents, windows
 from weightshare.training import EpochBatches, GradientUpdate, Loop, LoopConfig
 
-LEARNING_RATES = (1e-3, 3e-3, 9e-3)
+LEARNING_RATES = (2e-3, 6e-3)
 """Each plan, each choice of what is trained and the baseline take the best of these on one seed,
 judged on the watched text. Representatives and parts of the loss take the rate of their plan."""
 BOTH = "remove 2, share 2 pairs"
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--text", nargs="+", default=["pystdlib"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("folding_curing", __doc__, parser)

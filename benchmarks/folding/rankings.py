@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--text", default="pystdlib")
     parser.add_argument("--remove", type=int, default=3)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("folding_rankings", __doc__, parser)
     options = table.options
     seeds = range(1 if table.quick else 3)
-    sequences, heldout_windows = (4, 4) if table.quick else (16, 48)
+    sequences, heldout_windows = (4, 4) if table.quick else (16, 64)
     source = load_model(options.model, dtype="fp32", device=options.device)
     model = source.model
     splits = split_documents(read_documents(options.text), 0.3, 0.4)
@@ -57,18 +57,25 @@ def main() -> None:
     best = table.row("best subset on the held-out text", optimum)
     dense = table.row("dense", lambda: {"loss": judge.of(list(range(blocks)))})
     assert best and dense
-    gates = GateConfig(steps=40, seeds=1, sequences=2) if table.quick else GateConfig(sequences=8)
+    gates = GateConfig(steps=40, seeds=1, sequences=2) if table.quick else GateConfig(sequences=4)
     losses: dict[str, list[float]] = {}
     for method in METHODS:
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             rows = torch.randperm(len(every), generator=generator)[:sequences]
+            known: dict[str, object] = {}
+
+            def memo(key, compute, known=known):
+                """So that a ranking is not learnt twice, with and without swaps."""
+                if key not in known:
+                    known[key] = compute()
+                return known[key]
 
             def attempt(
                 method: str, refine: str, seed: int, rows: torch.Tensor
             ) -> dict[str, object]:
                 found = rank(model, every[rows], method, remove=count, refine=refine, seed=seed,
-                             gates=gates)  # fmt: skip
+                             gates=gates, memo=memo)  # fmt: skip
                 removed = sorted(found.order[:count])
                 loss = judge.of([b for b in range(blocks) if b not in removed])
                 return {"loss": loss, "regret": loss - best["loss"], "removed": removed,

@@ -57,8 +57,13 @@ def main() -> None:
         documents = read_documents(options.text)
         ids = windows(source.tokenizer, documents, options.length, limit=sequences).input_ids
     blocks = len(model.model.layers)
-    table.facts = {"model": options.shape or options.model, "dtype": str(model.dtype), "blocks": blocks,
-                   "sequences": sequences, "length": options.length}  # fmt: skip
+    table.facts = {
+        "model": options.shape or options.model,
+        "dtype": str(model.dtype),
+        "blocks": blocks,
+        "sequences": sequences,
+        "length": options.length,
+    }
 
     def clock(work) -> float:
         work()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from weightshare.folding.config import FoldConfig
     from weightshare.folding.plans import FoldPlan
-    from weightshare.language import LanguageModel
+    from weightshare.language import LanguageModel, Windows
 
 CONFIG = "weightshare.folding.config:FoldConfig"
 EXTRA = "folding"
@@ -132,7 +132,8 @@ def run(config: "FoldConfig") -> None:
             ranking=ranking.method if ranking else "given",
             tokens_per_second=speed,
         )
-        rows = facts.result_rows(scores, sizes, speed)
+        width = source.stored_dtype.itemsize
+        rows = compare_sizes(model, chosen, scores, sizes, speed, width, heldout)
         draw(run, model, calibration, ranking, chosen, rows, samples)
         show_table("held-out text", rows)
         say(f"report: {run.path / 'report.html'}\nmodel:  {folder}")
@@ -208,6 +209,36 @@ def describe(plan: "FoldPlan") -> str:
     return f"plan: remove {removed}; share {groups}; {plan.unique_blocks} sets of weights remain"
 
 
+def compare_sizes(
+    model: Any,
+    chosen: "FoldPlan",
+    scores: dict[str, Any],
+    sizes: dict[str, Any],
+    speed: dict[str, float],
+    width: int,
+    heldout: "Windows",
+) -> list[dict[str, Any]]:
+    """One row per model: the original, two plain ways of making it smaller, the folded ones."""
+    from weightshare.folding import FoldPlan, fold
+    from weightshare.folding.facts import Row, int8_rounded
+    from weightshare.language import evaluate
+
+    before, after = sizes["parameters"]["before"], sizes["parameters"]["after"]
+    shorter = fold(
+        model, FoldPlan(chosen.blocks, removed=tuple(range(chosen.unique_blocks, chosen.blocks)))
+    )
+    dropped = sum(parameter.numel() for parameter in shorter.parameters())
+    rows = [
+        Row("dense", scores["dense"], before, width, speed["before"]),
+        Row("dense, int8", evaluate(int8_rounded(model), heldout), before, 1),
+        Row("last dropped", evaluate(shorter, heldout), dropped, width),
+        Row("folded", scores["folded"], after, width, speed["after"]),
+    ]
+    if "cured" in scores:
+        rows.append(Row("cured", scores["cured"], after, width, speed["after"]))
+    return [row.to_dict() for row in rows]
+
+
 def draw(
     run: Any,
     model: Any,
@@ -225,11 +256,21 @@ def draw(
     run.key("weights of the model saved", f"{1 - last['parameters'] / dense['parameters']:.1%}")
     run.key("held-out loss", f"{dense['loss']:.3f} → {last['loss']:.3f}", "nats per token")
     run.figure("plan", figures.plan_strip(chosen), "What happened to each block.")
-    run.rows("result", rows, "Held-out text, the same sequences in every row.")
+    run.rows(
+        "result",
+        rows,
+        "Held-out text, the same sequences in every row. Dense, int8: every matrix rounded to a "
+        "byte a weight. Last dropped: as many blocks as the fold has sets of weights, no cure.",
+    )
     run.figure(
         "loss",
         figures.loss_steps({row["model"]: row["loss"] for row in rows}),
-        "Held-out loss through the fold.",
+        "Held-out loss through the fold, beside the plain ways of making the model smaller.",
+    )
+    run.figure(
+        "size",
+        figures.size_and_loss([(row["bytes"], row["loss"], row["model"]) for row in rows]),
+        "Size against held-out loss.",
     )
     run.text("samples", "Three prompts continued", samples)
     if ranking is not None:

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "plans": ["BlockSizes", "FoldPlan"],
         "rankings": ["Ranking", "rank"],
         "planner": ["plan"],
-        "gates": ["gated", "learn_gates"],
+        "gates": ["choose_by_gates", "gated", "learn_gates"],
         "share": ["fold", "unfold"],
         "curing": ["cure"],
         "influence": ["similarity"],

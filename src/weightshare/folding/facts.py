@@ -1,9 +1,12 @@
 """The figures a fold is judged by: parameters, bytes, losses, speed."""
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from weightshare.folding.families import block_sizes
@@ -67,22 +70,40 @@ def card_facts(facts: Mapping[str, Any], before: Score, after: Score) -> dict[st
     }
 
 
-def result_rows(
-    scores: Mapping[str, Score], facts: Mapping[str, Any], speed: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """One row per model; the first is the original, the others have the folded size."""
-    rows = []
-    for place, (name, score) in enumerate(scores.items()):
-        when = "after" if place else "before"
-        rows.append(
-            {
-                "model": name,
-                "parameters": facts["parameters"][when],
-                "bytes at equal dtype": facts["bytes"]["equal_dtype"][when],
-                "loss": round(score.loss, 4),
-                "perplexity": round(score.perplexity, 3),
-                "bits/byte": round(score.bits_per_byte, 4),
-                "tokens/s": round(speed[when], 1),
-            }
-        )
-    return rows
+def int8_rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with every matrix rounded to int8, one scale a row: the plain way to halve bfloat16.
+
+    A fold at the same bytes has to be compared with this, too.
+    """
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim == 2:
+                scale = parameter.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return copied
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: a model, its held-out score and its size."""
+
+    model: str
+    score: Score
+    parameters: int
+    bytes_per_weight: float
+    tokens_per_second: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report and the console show it."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "bytes": round(self.parameters * self.bytes_per_weight),
+            "loss": round(self.score.loss, 4),
+            "perplexity": round(self.score.perplexity, 2),
+            "bits/byte": round(self.score.bits_per_byte, 4),
+            "tokens/s": None
+            if self.tokens_per_second is None
+            else round(self.tokens_per_second, 1),
+        }

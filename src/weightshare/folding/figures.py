@@ -73,5 +73,5 @@ def cure_course(
 
 
 def size_and_loss(points: Sequence[tuple[float, float, str]]) -> "Figure":
-    """Unique parameters against held-out loss, one named point per model."""
-    return figures.scatter(points, x="unique parameters", y="held-out loss (nats per token)")
+    """Bytes against held-out loss, one named point per model."""
+    return figures.scatter(points, x="bytes of the weights", y="held-out loss (nats per token)")

@@ -11,7 +11,6 @@ gates train at once, two blocks that can replace each other are not both thrown 
 the other's gradient grows. Scores that judge every block alone cannot see that.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -149,6 +148,7 @@ def learn_gates(
         "adam": [[0.0] * blocks, [0.0] * blocks],
         "multiplier": 0.0,
         "scale": 0.0,
+        "room": None,
         "history": [],
         "loss": [],
     }
@@ -179,7 +179,7 @@ def _advance(
     adam = torch.optim.Adam([theta], lr=config.learning_rate)
     first, second = (torch.tensor(moment, dtype=torch.float64) for moment in state["adam"])
     adam.state[theta] = {"step": torch.tensor(float(start)), "exp_avg": first, "exp_avg_sq": second}
-    multiplier, scale = state["multiplier"], state["scale"]
+    multiplier, scale, room = state["multiplier"], state["scale"], state["room"]
     history, course = list(state["history"]), list(state["loss"])
     blocks = len(theta)
     for step in range(start, stop):
@@ -190,11 +190,13 @@ def _advance(
         slope = slope.double().cpu()
         scale = max(float(slope.abs().max()), SCALE_DECAY * scale)
         done = min(1.0, (step + 1) / max(1.0, RAMP * config.steps))
-        gap = float((weight * gates.detach()).sum()) - (blocks - done * remove)
-        pressure = (multiplier + config.penalty * gap) * weight
+        opened = float((weight * gates.detach()).sum())
+        room = room if room is not None else opened
+        gap = opened - (room + done * (blocks - remove - room))
+        pressure = max(0.0, multiplier + config.penalty * gap) * weight
         theta.grad = (slope / max(scale, 1e-30) + pressure) * gate_slope(theta.detach(), epsilon)
         adam.step()
-        multiplier += MULTIPLIER_RATE * gap
+        multiplier = max(0.0, multiplier + MULTIPLIER_RATE * gap)
         history.append([round(value, 6) for value in gates.tolist()])
         course.append(float(task.detach()))
     moments = [adam.state[theta]["exp_avg"].tolist(), adam.state[theta]["exp_avg_sq"].tolist()]
@@ -203,6 +205,7 @@ def _advance(
         "adam": moments,
         "multiplier": multiplier,
         "scale": scale,
+        "room": room,
         "history": history,
         "loss": course,
     }
@@ -217,6 +220,59 @@ def average_ranks(runs: Sequence[GateRun]) -> list[float]:
     return (ranks / len(runs)).tolist()
 
 
+def choose_by_gates(
+    loss: GateLoss,
+    blocks: int,
+    remove: int,
+    config: GateConfig | None = None,
+    seed: int = 0,
+    *,
+    protect: Sequence[int] = (),
+    judge: Callable[[list[int]], float] | None = None,
+    memo: Memo = no_memo,
+    loss_of_seed: Callable[[int], GateLoss] | None = None,
+) -> tuple[list[int], list[float], list[GateRun]]:
+    """Blocks in the order of removal, by the gates of ``config.seeds`` seeds.
+
+    The ranks of the seeds are averaged. As seeds can disagree about which of two redundant blocks
+    is the one to drop, the set by averaged ranks and each seed's own set are then judged once by
+    the loss without those blocks, and the best of them goes first: seeds + 1 evaluations.
+
+    Args:
+        loss: the task loss as a function of the gates and the step.
+        blocks, remove, config, seed, memo: as in ``learn_gates``.
+        protect: blocks that stay.
+        judge: loss without the given blocks; by default ``loss`` at hard gates.
+        loss_of_seed: in place of ``loss``, another one for every seed (its own draw of the text).
+
+    Returns:
+        (order, averaged ranks, one run per seed).
+    """
+    config = config or GateConfig()
+
+    def at_hard_gates(removed: list[int]) -> float:
+        gates = torch.ones(blocks, dtype=torch.float64)
+        gates[removed] = 0
+        return float(loss(gates, config.steps).detach())
+
+    judge = judge or at_hard_gates
+    seeds = range(seed, seed + config.seeds)
+    runs = [
+        learn_gates(
+            loss_of_seed(one) if loss_of_seed else loss, blocks, remove, config, one, memo=memo
+        )
+        for one in seeds
+    ]
+    ranks = average_ranks(runs)
+    candidates: list[list[int]] = []
+    for scores in (ranks, *(run.gates for run in runs)):
+        order = sorted(range(blocks), key=lambda block: (block in set(protect), scores[block]))
+        if sorted(order[:remove]) not in [sorted(other[:remove]) for other in candidates]:
+            candidates.append(order)
+    best = min(candidates, key=lambda order: judge(order[:remove])) if remove else candidates[0]
+    return best, ranks, runs
+
+
 def rank_by_gates(
     losses: BlockLosses,
     remove: int,
@@ -225,21 +281,31 @@ def rank_by_gates(
     seed: int,
     say: Callable[[str], None],
 ) -> Ranking:
-    """Gates of several seeds on a model's blocks, their ranks averaged."""
-    calibration = torch.cat(list(losses.batches))
-    runs = []
-    for number in range(config.seeds):
-        say(f"gates, seed {number + 1} of {config.seeds}, {config.steps} steps")
-        task = _model_loss(losses.model, calibration, config, seed + number, protect)
-        with _frozen(losses.model), evaluating(losses.model), torch.enable_grad():
-            run = learn_gates(task, losses.blocks, remove, config, seed + number, memo=losses.memo)
-        losses.block_runs += (
-            2 * config.steps * losses.blocks * math.ceil(config.sequences / len(losses.batches[0]))
+    """Gates on a model's blocks; which set is removed is judged on the whole calibration text."""
+    model, calibration = losses.model, torch.cat(list(losses.batches))
+
+    def loss_of_seed(one: int) -> GateLoss:
+        say(f"gates, seed {one - seed + 1} of {config.seeds}, {config.steps} steps")
+        return _model_loss(model, calibration, config, one, protect)
+
+    def judge(removed: list[int]) -> float:
+        return losses.of([block for block in range(losses.blocks) if block not in removed])
+
+    with _frozen(model), evaluating(model), torch.enable_grad():
+        order, ranks, runs = choose_by_gates(
+            _model_loss(model, calibration, config, seed, protect),
+            losses.blocks,
+            remove,
+            config,
+            seed,
+            protect=protect,
+            judge=judge,
+            memo=losses.memo,
+            loss_of_seed=loss_of_seed,
         )
-        runs.append(run)
-    scores = average_ranks(runs)
-    order = sorted(range(losses.blocks), key=lambda block: (block in set(protect), scores[block]))
-    return Ranking("gates", scores, order, {"runs": [asdict(run) for run in runs]})
+    share = config.sequences / len(losses.batches[0])
+    losses.block_runs += round(3 * share * config.steps * config.seeds * losses.blocks)
+    return Ranking("gates", ranks, order, {"runs": [asdict(run) for run in runs]})
 
 
 def _model_loss(

@@ -58,13 +58,17 @@ def continuations(
     source: LanguageModel, models: dict[str, Any], heldout: Windows
 ) -> list[dict[str, str]]:
     """A few held-out prompts and what each model makes of them."""
+    rows = heldout.input_ids[:: max(1, len(heldout) // PROMPTS)][:PROMPTS]
+    whole = source.tokenizer.batch_decode(rows[:, : 2 * PROMPT_TOKENS], skip_special_tokens=True)
+    # Begin where a line begins: half a word is a bad start.
+    starts = [text.partition("\n")[2].strip("\n") or text for text in whole]
     prompts = [
-        source.tokenizer.decode(row[:PROMPT_TOKENS], skip_special_tokens=True)
-        for row in heldout.input_ids[:PROMPTS]
+        source.tokenizer.decode(source.tokenizer(text)["input_ids"][:PROMPT_TOKENS])
+        for text in starts
     ]
-    rows = [{"prompt": prompt} for prompt in prompts]
+    samples = [{"prompt": prompt} for prompt in prompts]
     for name, model in models.items():
         texts = continue_prompts(model, source.tokenizer, prompts, NEW_TOKENS)
-        for row, text in zip(rows, texts, strict=True):
-            row[name] = text
-    return rows
+        for sample, text in zip(samples, texts, strict=True):
+            sample[name] = text
+    return samples
