@@ -1,0 +1,211 @@
+"""What an adapter costs: step time, memory, file, loading, decoding, against PEFT's own methods.
+
+    python benchmarks/shards/cost.py [--quick] [--width 1024] [--blocks 24]
+
+One random Llama of about 300 million parameters (no weights are needed for time), all linear layers
+adapted. Every method takes the same steps in one run; a round measures all methods in turn, and
+what is kept is the median over rounds, so that a slow spell of the machine hits all alike. Step
+time is forward and backward with gradient checkpointing off and on. ``linear`` compares the
+backward of 32 blocks with that of 64.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
+from peft.tuners import UniLoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import Table
+
+from weightshare.language import decode_speed
+from weightshare.shards import MosConfig
+from weightshare.shards.methods import linear_targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    table = Table("shards_cost", __doc__, parser)
+    options = table.options
+    if table.quick:
+        options.width, options.blocks, options.rounds = 64, 4, 2
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (4, 512) if device.type == "cuda" else (2, 64)
+    base = make(options.width, options.blocks, device, dtype)
+    ids = torch.randint(0, base.config.vocab_size, shape, device=device)
+    numbers = 2 * sum(t.in_features + t.out_features for t in linear_targets(base))
+    table.facts |= {
+        "base_parameters": sum(p.numel() for p in base.parameters()),
+        "tokens_per_step": ids.numel(),
+        "dtype": str(dtype),
+    }
+    methods: dict[str, Callable[[], Any]] = {
+        "MoS e=2 r=8": lambda: MosConfig(target_modules="all-linear", rank=8),
+        "LoRA r=8": lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        "LoRA r=2": lambda: LoraConfig(r=2, lora_alpha=16, target_modules="all-linear"),
+        "Uni-LoRA r=8": lambda: UniLoraConfig(
+            r=8, theta_d_length=numbers, target_modules="all-linear"
+        ),
+        "VB-LoRA r=8": lambda: VBLoRAConfig(
+            r=8, num_vectors=90, vector_length=32, target_modules="all-linear"
+        ),
+    }
+    models = {name: adapted(base, config()) for name, config in methods.items()}
+    for checkpointing in (False, True):
+        for model in models.values():
+            switch(model, checkpointing)
+        times = rounds(models, ids, options.rounds, device)
+        for name, model in models.items():
+            key = f"step{', checkpointing' if checkpointing else ''} | {name}"
+            table.row(
+                key,
+                lambda name=name, model=model, times=times: {
+                    "milliseconds": statistics.median(times[name]) * 1e3,
+                    "to_lora_r8": statistics.median(
+                        one / other
+                        for one, other in zip(times[name], times["LoRA r=8"], strict=True)
+                    ),
+                    "peak_megabytes": peak(model, ids, device),
+                },
+            )
+    for name, model in models.items():
+        switch(model, False)
+        table.row(f"serve | {name}", lambda model=model: serve(base, model, device))
+    for name in ("MoS e=2 r=8", "LoRA r=8"):
+        table.row(
+            f"linear | {name}", lambda name=name: growth(methods[name], options, device, dtype)
+        )
+    table.show(["milliseconds", "to_lora_r8", "peak_megabytes", "file_bytes", "tokens_per_second"])
+
+
+def make(width: int, blocks: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32000 if width >= 512 else 256,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4 // 32 * 32,
+        num_hidden_layers=blocks,
+        num_attention_heads=max(4, width // 64),
+        num_key_value_heads=max(4, width // 64),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return model.to(dtype)
+
+
+def adapted(base: LlamaForCausalLM, config: Any) -> PeftModel:
+    """An adapter on a model that shares the base's weights."""
+    memo = {id(p): p for p in base.parameters()}
+    return get_peft_model(copy.deepcopy(base, memo), config)
+
+
+def switch(model: PeftModel, checkpointing: bool) -> None:
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.base_model.model.gradient_checkpointing_disable()
+    model.train()
+
+
+def step(model: PeftModel, ids: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def rounds(
+    models: dict[str, PeftModel], ids: torch.Tensor, count: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of a step of every model, in turn."""
+    inner = 3 if device.type == "cuda" else 1
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(count + 1):
+        for name, model in models.items():
+            wait(device)
+            begun = time.perf_counter()
+            for _ in range(inner):
+                step(model, ids)
+            wait(device)
+            if turn:
+                times[name].append((time.perf_counter() - begun) / inner)
+    return times
+
+
+def peak(model: PeftModel, ids: torch.Tensor, device: torch.device) -> float | None:
+    """Memory of one step above what stays, in megabytes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step(model, ids)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def serve(base: LlamaForCausalLM, model: PeftModel, device: torch.device) -> dict[str, Any]:
+    """Bytes and seconds of the saved adapter, and unmerged decoding."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+        fresh = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        wait(device)
+        begun = time.perf_counter()
+        PeftModel.from_pretrained(fresh, folder)
+        wait(device)
+        loading = time.perf_counter() - begun
+    model.eval()
+    prompt = list(range(1, 17))
+    keep = getattr(model.base_model, "assembled", None)
+    new = 24 if device.type == "cuda" else 8
+    plain = decode_speed(model, prompt, new, repeats=2).median
+    figures = {
+        "trained": model.get_nb_trainable_parameters()[0],
+        "file_bytes": size,
+        "load_seconds": loading,
+        "tokens_per_second": plain,
+    }
+    if keep is not None:
+        with keep():
+            figures["tokens_per_second_assembled"] = decode_speed(
+                model, prompt, new, repeats=2
+            ).median
+    return figures
+
+
+def growth(
+    config: Callable[[], Any], options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Seconds of a step of a narrow model of 32 and of 64 blocks; 2 is linear."""
+    width = 64 if options.quick else 256
+    seconds = {}
+    for blocks in (4, 8) if options.quick else (32, 64):
+        model = adapted(make(width, blocks, device, dtype), config())
+        model.train()
+        ids = torch.randint(0, 256, (2, 64), device=device)
+        seconds[blocks] = statistics.median(rounds({"x": model}, ids, 5, device)["x"])
+    few, many = seconds.values()
+    return {"milliseconds": many * 1e3, "ratio": many / few}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

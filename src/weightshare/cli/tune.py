@@ -1,0 +1,385 @@
+"""``weightshare tune``: fine-tune a causal language model with a small adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from weightshare.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from weightshare.language import LanguageModel
+    from weightshare.shards import TuneData
+    from weightshare.training import LoopConfig
+
+CONFIG = "weightshare.cli.tune:TuneConfig"
+EXTRA = "shards"
+EXAMPLES = """
+  weightshare tune tiny --steps 100
+  weightshare tune ./my-llama --data questions.jsonl --equivalent-rank 2 --out runs/tune
+  weightshare tune ./my-llama --data questions.jsonl --method lora --rank 8 --sweep 5e-4,1e-3,2e-3
+  weightshare tune ./my-llama --method vblora --options num_vectors=90 --dry-run
+"""
+
+LONGEST = 512
+"""Tokens per sequence unless more are asked for: memory grows with the length."""
+NEW_TOKENS = 48
+
+
+@dataclass
+class TuneConfig:
+    """Fine-tune a language model on text or instructions; the adapter is saved in PEFT's format.
+
+    Args:
+        model: a Hugging Face folder, a GGUF file, or a known name (tiny, smollm2-135m).
+        data: what to learn: a text (.txt, .jsonl with "text", .gz, a folder, a known name), or
+            instructions (.jsonl with "prompt" or "instruction", and "response").
+        heldout: data to measure on; by default the last tenth of a text, every tenth instruction.
+        kind: of the data; auto looks at it.
+        method: mos, lora, vera, vblora, unilora, or any other PEFT method.
+        equivalent_rank: the budget: as many trained parameters as LoRA of this rank.
+        rank: rank of the updates; mos takes four times the budget, lora the budget.
+        shards: mos, pieces each vector is put together from; 1 shares whole vectors.
+        private_rank: mos, ranks that only one layer uses; by default an eighth of the budget.
+        alpha: numerator of the scale.
+        dropout: dropout of the adapter's input.
+        target_modules: names of the modules to adapt, separated by commas, or all-linear.
+        options: more options of the method, as num_vectors=90,topk=2.
+        steps: optimiser steps.
+        batch_size: sequences per step.
+        accumulate: parts a batch is cut into, for less memory.
+        sequence_length: tokens per sequence, 0 for the model's own limit, at most 512.
+        packing: put several instructions into one sequence; later ones then see the earlier.
+        learning_rate: peak, then linear to zero; by default 2e-3 for mos, 1e-3 for lora and 5e-3
+            for the others, of which only the first two were measured.
+        sweep: learning rates to try first, separated by commas; the best on held-out data is used.
+        sweep_steps: steps of each trial; 0 for as many as in the run.
+        warmup_fraction: share of the steps that warm up.
+        evaluate_every: steps between held-out evaluations, 0 for a tenth of the steps.
+        checkpoint_every: steps between checkpoints.
+        gradient_checkpointing: compute activations twice, for less memory.
+        out: the run directory.
+        resume: go on with a run that was interrupted.
+        dry_run: print what would be trained, with sizes, memory and time, and stop.
+        seed: of everything random.
+        device: cpu, cuda, cuda:1, or auto.
+        dtype: of the frozen model; auto is float32 on a CPU and the stored type elsewhere.
+    """
+
+    model: str
+    data: str = "pystdlib"
+    heldout: str | None = None
+    kind: Literal["auto", "text", "instructions"] = "auto"
+    method: str = "mos"
+    equivalent_rank: int = 2
+    rank: int | None = None
+    shards: int = 4
+    private_rank: int | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    options: str = ""
+    steps: int = 200
+    batch_size: int = 8
+    accumulate: int = 1
+    sequence_length: int = 0
+    packing: bool = False
+    learning_rate: float | None = None
+    sweep: str = ""
+    sweep_steps: int = 0
+    warmup_fraction: float = 0.03
+    evaluate_every: int = 0
+    checkpoint_every: int = 50
+    gradient_checkpointing: bool = False
+    out: str = "runs/tune"
+    resume: bool = False
+    dry_run: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def run(config: TuneConfig) -> None:
+    """Fine-tune one model and leave a run directory with its adapter."""
+    from weightshare.cli.console import say, show_table
+    from weightshare.cli.models import open_model
+    from weightshare.language import continue_prompts
+    from weightshare.report import Run
+    from weightshare.shards import figures, read_data, tune
+    from weightshare.shards.tuning import evaluate_loss
+
+    rates = sweep_rates(config.sweep)
+    source = open_model(config.model, config.dtype, config.device)
+    base = source.model
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    data = read_data(
+        source.tokenizer,
+        config.data,
+        config.heldout,
+        kind=config.kind,
+        length=sequence_length(config, source),
+        packing=config.packing,
+        limit=max(1, config.steps) * config.batch_size,
+    )
+    if config.dry_run:
+        estimate(config, source, data)
+        return
+
+    with Run.open(config.out, config, command="tune", resume=config.resume) as run:
+        say(f"{data.kind}: {data.targets:,} tokens to learn from")
+        before = run.stage("before", lambda: evaluate_loss(base, data.heldout))
+        texts = {"before": continue_prompts(base, source.tokenizer, data.prompts, NEW_TOKENS)}
+
+        # 1. Try the learning rates.
+        memo = run.memo("sweep")
+        found = {
+            rate: memo(f"{rate:g}", lambda rate=rate: trial(config, source, data, rate))
+            for rate in rates
+        }
+        rate = min(found, key=found.__getitem__) if found else usual_rate(config)
+        if found:
+            say("held-out loss " + ", ".join(f"{r:g}: {loss:.4f}" for r, loss in found.items()))
+
+        # 2. Train.
+        model = adapted(config, source)
+        fit = tune(model, data, loop_config(config, source, rate), config.batch_size, run=run)
+
+        # 3. Save it and say what it is worth.
+        folder = run.save("adapter", lambda path: model.save_pretrained(str(path)))
+        after = evaluate_loss(model, data.heldout)
+        texts["after"] = continue_prompts(model, source.tokenizer, data.prompts, NEW_TOKENS)
+        sizes = size_rows(config, source, model, Path(folder))
+        trainable, total = model.get_nb_trainable_parameters()
+        run.summary(
+            method=config.method,
+            model=config.model,
+            data={
+                "kind": data.kind,
+                "tokens": data.targets,
+                "sequences": len(data.train["labels"]),
+            },
+            parameters={"trainable": trainable, "total": total},
+            loss={"before": before, "after": after},
+            learning_rate=rate,
+            sweep={f"{r:g}": loss for r, loss in found.items()},
+            file={"bytes": (folder / "adapter_model.safetensors").stat().st_size},
+            seconds={"per_step": fit.seconds / max(1, fit.step)},
+            device=str(base.device),
+        )
+        run.key("trained parameters", f"{trainable:,}", f"{trainable / total:.2%} of the model")
+        run.key("held-out loss", f"{before:.3f} → {after:.3f}", "nats per learnt token")
+        logged = run.metrics()
+        course = [
+            [(row["step"], row[name]) for row in logged if name in row]
+            for name in ("cross_entropy", "evaluation.loss")
+        ]
+        if any(course):
+            run.figure("course", figures.course(*course), "Training and held-out loss.")
+        if found:
+            run.figure("sweep", figures.sweep(found, rate), "Each rate, trained from the start.")
+        if config.method == "mos":
+            run.figure("uses", figures.use_counts(shard_uses(model)), "Shards by their uses.")
+        run.rows("sizes", sizes, "What an adapter takes, in files of float32.")
+        samples = [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(data.prompts, texts["before"], texts["after"], strict=True)
+        ]
+        run.text("samples", "Held-out prompts continued", samples)
+        show_table("sizes", sizes)
+        say(f"held-out loss {before:.4f} before, {after:.4f} after (learning rate {rate:g})")
+        say(f"report:  {run.path / 'report.html'}\nadapter: {folder}")
+
+
+def sweep_rates(text: str) -> list[float]:
+    """``"1e-3,2e-3"`` as numbers."""
+    try:
+        rates = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(
+            f"--sweep is {text!r}; give learning rates separated by commas, as 5e-4,1e-3,2e-3."
+        ) from error
+    if any(not rate > 0 for rate in rates):
+        raise UserError(f"--sweep is {text!r}; every learning rate must be above 0.")
+    return rates
+
+
+def sequence_length(config: TuneConfig, source: "LanguageModel") -> int:
+    """Tokens per sequence.
+
+    Raises:
+        UserError: more than the model takes.
+    """
+    longest = getattr(source.model.config, "max_position_embeddings", LONGEST)
+    length = config.sequence_length or min(LONGEST, longest)
+    if length > longest:
+        raise UserError(
+            f"The sequence length is {length}, but the model takes at most {longest} tokens."
+        )
+    return int(length)
+
+
+def usual_rate(config: TuneConfig) -> float:
+    """The learning rate to use where none is swept."""
+    from weightshare.shards.methods import LEARNING_RATES, USUAL_RATE
+
+    usual = LEARNING_RATES.get(config.method, USUAL_RATE)
+    return usual if config.learning_rate is None else config.learning_rate
+
+
+def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
+    """The model with a fresh adapter, the same one at every call."""
+    import torch
+    from peft import get_peft_model
+
+    from weightshare.shards import adapter_config
+    from weightshare.shards.methods import parse_options
+
+    options = parse_options(config.options)
+    if config.method == "mos":
+        options = {
+            "shards_per_vector": config.shards,
+            "private_rank": config.private_rank,
+            **options,
+        }
+    names = [part.strip() for part in config.target_modules.split(",") if part.strip()]
+    made = adapter_config(
+        config.method,
+        source.model,
+        equivalent_rank=config.equivalent_rank,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        options=options,
+    )
+    made.base_model_name_or_path = str(source.path)
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(source.model, made)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{config.method} does not fit {config.model}: {error}.") from error
+
+
+def loop_config(config: TuneConfig, source: "LanguageModel", rate: float) -> "LoopConfig":
+    """The training loop's options."""
+    from weightshare.training import LoopConfig
+
+    return LoopConfig(
+        steps=config.steps,
+        learning_rate=rate,
+        schedule="linear",
+        warmup_fraction=config.warmup_fraction,
+        weight_decay=0.0,
+        accumulate=config.accumulate,
+        precision="bf16" if source.model.dtype.itemsize == 2 else "fp32",
+        seed=config.seed,
+        log_every=max(1, min(10, config.steps // 20)),
+        evaluate_every=config.evaluate_every or max(1, config.steps // 10),
+        keep_best=True,
+        checkpoint_every=config.checkpoint_every,
+    )
+
+
+def trial(config: TuneConfig, source: "LanguageModel", data: "TuneData", rate: float) -> float:
+    """Held-out loss after training a fresh adapter at one learning rate."""
+    from dataclasses import replace
+
+    from weightshare.cli.console import say
+    from weightshare.shards import tune
+
+    say(f"trying learning rate {rate:g}")
+    short = replace(config, steps=config.sweep_steps or config.steps)
+    model: Any = adapted(config, source)
+    try:
+        fit = tune(model, data, loop_config(short, source, rate), config.batch_size)
+    except UserError as error:
+        # A rate at which the loss is no number any more is simply not the best one.
+        if "became" not in str(error):
+            raise
+        return float("inf")
+    finally:
+        if not hasattr(model.base_model, "unload"):
+            raise UserError(f"--sweep cannot take a {config.method} adapter off the model again.")
+        model.base_model.unload()
+    return fit.evaluation["loss"]
+
+
+def size_rows(
+    config: TuneConfig, source: "LanguageModel", model: "PeftModel", folder: Path
+) -> list[dict[str, Any]]:
+    """This adapter beside LoRA: parameters and bytes, alone and for a thousand users."""
+    from weightshare.shards.methods import linear_targets
+
+    trainable, _ = model.get_nb_trainable_parameters()
+    file = (folder / "adapter_model.safetensors").stat().st_size
+    rows = [("this adapter, its file", trainable, file)]
+    targets = linear_targets(source.model.base_model) if config.method != "mos" else []
+    sizes = sum(t.in_features + t.out_features for t in targets)
+    if config.method == "mos":
+        tuner: Any = model.base_model
+        layers = list(tuner._layers("default"))
+        sizes = sum(layer.in_features + layer.out_features for layer in layers)
+        whole = sum(
+            layer.mos_places["default"].rank * (layer.in_features + layer.out_features)
+            for layer in layers
+        )
+        rows.append(("this adapter exported to LoRA", whole, 4 * whole))
+    budget = config.equivalent_rank
+    rows += [
+        (f"LoRA of rank {rank}, all linear layers", rank * sizes, 4 * rank * sizes)
+        for rank in (budget, 4 * budget)
+        if sizes
+    ]
+    return [
+        {"": name, "parameters": count, "bytes": size, "bytes of 1,000 users": 1000 * size}
+        for name, count, size in rows
+    ]
+
+
+def shard_uses(model: Any) -> list[int]:
+    """How often each shard of the adapter is used, all pools together."""
+    tuner = model.base_model
+    counts: list[int] = []
+    for table in tuner.mos_store.tables["default"].values():
+        prepared = table.prepare(next(tuner.mos_pools.parameters()).device)
+        counts += prepared.index.bincount(minlength=table.rows).tolist()
+    return counts
+
+
+def estimate(config: TuneConfig, source: "LanguageModel", data: "TuneData") -> None:
+    """Print sizes, memory and time of a run without doing it."""
+    import time
+
+    from weightshare.cli.console import say, show_table
+    from weightshare.shards.tuning import TuneTask
+    from weightshare.training import total
+
+    model = adapted(config, source)
+    trainable, every = model.get_nb_trainable_parameters()
+    batch = {name: column[:1].to(source.model.device) for name, column in data.train.items()}
+    model.train()
+    begun = time.perf_counter()
+    total(TuneTask(model)(batch)).backward()
+    seconds = time.perf_counter() - begun
+    rows = [
+        {"": "trained parameters", "value": trainable},
+        {"": "of the model", "value": every},
+        {"": "sequences", "value": len(data.train["labels"])},
+        {"": "tokens to learn from", "value": data.targets},
+        {"": "bytes of the adapter", "value": 4 * trainable},
+        {"": "bytes of model, gradients and AdamW", "value": memory(model)},
+    ]
+    show_table("dry run", rows)
+    runs = len(sweep_rates(config.sweep)) + 1
+    work = runs * config.steps * config.batch_size
+    say(f"time on {source.model.device}: about {seconds * work:.0f} s; nothing was written")
+
+
+def memory(model: Any) -> int:
+    """Bytes of all weights, and of gradient and two moments of the trained ones."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return int(weights + 3 * trained)

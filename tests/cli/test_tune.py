@@ -1,0 +1,179 @@
+"""``weightshare tune`` as a person uses it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import weightshare.shards  # noqa: F401
+from weightshare.cli import main
+from weightshare.language import quiet, read_instructions
+
+SHORT = ["--steps", "4", "--batch-size", "2", "--sequence-length", "24", "--shards", "2"]
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {
+            "instruction": f"what is shared {i}",
+            "response": "the weights of a network " * (i % 3 + 1),
+        }
+        for i in range(24)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tune"
+    arguments = [
+        "tune", str(model_folder), "--data", str(text_file), "--sweep", "1e-3,3e-2",
+        "--out", str(out), *SHORT,
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return out, arguments
+
+
+def test_the_summary_holds_what_scripts_rely_on(finished):
+    out, _ = finished
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["command"] == "tune" and facts["finished"] and facts["method"] == "mos"
+    assert facts["parameters"]["trainable"] == 2 * 6 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    assert facts["loss"]["after"] < facts["loss"]["before"]
+    assert facts["file"]["bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert facts["seconds"]["per_step"] > 0
+    assert facts["learning_rate"] == min((0.001, 0.03), key=lambda r: facts["sweep"][f"{r:g}"])
+
+
+def test_the_adapter_is_peft_s_and_gives_the_loss_it_claims(finished, model_folder, text_file):
+    from weightshare.language import load_model
+    from weightshare.shards import read_data
+    from weightshare.shards.tuning import evaluate_loss
+
+    out, _ = finished
+    facts = json.loads((out / "summary.json").read_text())
+    source = load_model(model_folder)
+    data = read_data(source.tokenizer, str(text_file), length=24, limit=8)
+    with quiet():
+        base = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert evaluate_loss(base, data.heldout) == pytest.approx(facts["loss"]["before"], rel=1e-5)
+    model = PeftModel.from_pretrained(base, out / "adapter")
+    assert evaluate_loss(model, data.heldout) == pytest.approx(facts["loss"]["after"], rel=1e-5)
+
+
+def test_the_report_shows_curves_and_sizes(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    for words in ("Training and held-out loss", "Each rate", "Shards by their uses", "1,000 users"):
+        assert words in page
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    out, arguments = finished
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_run_cut_short_resumes_to_the_same_bytes(model_folder, text_file, tmp_path, monkeypatch):
+    import weightshare.training.loop as loop
+
+    arguments = ["tune", str(model_folder), "--data", str(text_file), "--checkpoint-every", "1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*arguments, *SHORT, "--out", str(whole)]) == 0
+    original = loop.Loop._save
+
+    def stop_after_two(self):
+        original(self)
+        if self.fitted.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Loop, "_save", stop_after_two)
+    assert main([*arguments, *SHORT, "--out", str(cut)]) == 130
+    monkeypatch.setattr(loop.Loop, "_save", original)
+    assert main([*arguments, *SHORT, "--out", str(cut), "--resume"]) == 0
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora", ["--rank", "3", "--dropout", "0.1"]),
+        ("vera", ["--options", "r=8,projection_prng_key=5", "--target-modules", "q_proj"]),
+        ("vblora", ["--options", "num_vectors=20,topk=2"]),
+        ("unilora", ["--equivalent-rank", "1"]),
+        ("miss", ["--rank", "2"]),
+    ],
+)
+def test_other_methods_run_the_same_way(
+    method, more, model_folder, instructions, tmp_path, monkeypatch
+):
+    out = tmp_path / method
+    arguments = ["tune", str(model_folder), "--data", str(instructions), "--method", method]
+    assert main([*arguments, *SHORT, "--packing", "--out", str(out), *more]) == 0
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["method"] == method and facts["data"]["kind"] == "instructions"
+    assert (out / "adapter" / "adapter_config.json").is_file()
+
+
+def test_prompts_are_read_and_not_learnt(model_folder, instructions):
+    from weightshare.language import load_model
+    from weightshare.shards import read_data
+
+    tokenizer = load_model(model_folder).tokenizer
+    rows = read_instructions(instructions)
+    data = read_data(tokenizer, str(instructions), length=64)
+    learnt = data.train["labels"] != -100
+    assert len(data.train["labels"]) == 24 - 3 and len(data.heldout["labels"]) == 3
+    text = tokenizer.decode(data.train["input_ids"][0][learnt[0]], skip_special_tokens=True)
+    assert text.strip() == rows[1].response
+    packed = read_data(tokenizer, str(instructions), length=64, packing=True)
+    assert len(packed.train["labels"]) < 21
+    assert packed.targets == data.targets
+    lengths = packed.train["attention_mask"].sum(1)
+    assert int(lengths.max()) <= 64 and int(lengths.sum()) == int(
+        data.train["attention_mask"].sum()
+    )
+
+
+def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
+    out = tmp_path / "nothing"
+    arguments = ["tune", str(model_folder), "--data", str(text_file), "--out", str(out)]
+    assert main([*arguments, *SHORT, "--dry-run", "--gradient-checkpointing"]) == 0
+    assert not out.exists()
+    assert "trained parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--method", "magic"], "not a PEFT method"),
+        (["--options", "depth=3"], "no option 'depth'"),
+        (["--options", "depth"], "NAME=VALUE"),
+        (["--rank", "99"], "at most 12"),
+        (["--shards", "5"], "do not divide"),
+        (["--private-rank", "3"], "from 0 to 2"),
+        (["--sweep", "fast"], "learning rates separated by commas"),
+        (["--sweep", "0"], "above 0"),
+        (["--sequence-length", "4096"], "at most"),
+        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--target-modules", "nothing"], "does not fit"),
+        (["--method", "vblora", "--options", "vector_length=7"], "does not fit"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(
+    more, said, model_folder, text_file, tmp_path, capsys
+):
+    arguments = ["tune", str(model_folder), "--data", str(text_file), *SHORT, "--out"]
+    assert main([*arguments, str(tmp_path / "x"), *more]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("weightshare:")]
+    assert len(lines) == 1 and said in lines[0], lines
+    assert torch.is_grad_enabled()
