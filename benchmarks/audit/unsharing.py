@@ -26,6 +26,8 @@ import json
 import os
 import random
 import statistics
+import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -33,6 +35,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import spread
 
 from weightshare.audit import ProbeConfig, Unsharing, apply, audit, probe, spend
 from weightshare.audit.honesty import Trial, _Cycle, _MeanLoss, summarise
@@ -70,17 +75,20 @@ def main() -> None:
     cases = CASES[: 1 if options.quick else options.cases]
     jobs = [(*case, seed, steps, options) for seed in seeds for case in cases]
     results, began = [], time.monotonic()
+    folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(one, *job) for job in jobs]
         for done in as_completed(waiting):
             results.append(done.result())
             results.sort(key=lambda r: (r[0]["model"], str(r[0]["groups"]), r[0]["seed"]))
-            write(results, settings | {"seconds": round(time.monotonic() - began)})
+            content = write(
+                results, settings | {"seconds": round(time.monotonic() - began)}, folder
+            )
             print(json.dumps(results[-1][0]["loss"]), flush=True)
             if time.monotonic() - began > options.seconds:
                 pool.shutdown(cancel_futures=True)
                 break
-    report(results)
+    report(content)
 
 
 STEPS = {"cure": 400, "spend": 250, "probe": 40}
@@ -230,60 +238,86 @@ def correlation(trials):
     }
 
 
-def write(results, settings):
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": "audit/unsharing",
+def spent(rows):
+    """Held-out loss that one budget bought, over seeds."""
+    table = []
+    for case in dict.fromkeys((row["model"], str(row["groups"])) for row in rows):
+        mine = [row for row in rows if (row["model"], str(row["groups"])) == case]
+        for strategy in mine[0]["loss"]:
+            if strategy == "nothing":
+                continue
+            bought = spread([row["loss"]["nothing"] - row["loss"][strategy] for row in mine])
+            added = statistics.mean(row["added"][strategy] for row in mine)
+            table.append(
+                {
+                    "spent on": f"{case[0]}, {case[1]}: {strategy}",
+                    "added": int(added),
+                    "gain": bought["mean"],
+                    "half_width": bought["half_width"],
+                    "gain_per_million": 1e6 * bought["mean"] / added if added else None,
+                    "seeds": len(mine),
+                }
+            )
+    return table
+
+
+def clause(rows):
+    """Rank correlation of predicted and realised gain, per row and metric."""
+    return [
+        {
+            "trials": f"{row['model']}, {row['groups']}, seed {row['seed']}: {metric}",
+            "rho": c["rho"],
+            "low": c["low"],
+            "high": c["high"],
+            "rho_per_parameter": c["per_parameter"],
+        }
+        for row in rows
+        for metric, c in row["correlation"].items()
+    ]
+
+
+def write(results, settings, folder):
+    rows = [row for row, _ in results]
+    pooled = correlation([t for _, tried in results for t in tried])
+    everywhere = {
+        "trials": "all together: adam",
+        "rho": pooled["rho"],
+        "low": pooled["low"],
+        "high": pooled["high"],
+        "rho_per_parameter": pooled["per_parameter"],
+    }
+    here = environment()
+    content = {
+        "command": " ".join(["python", "benchmarks/audit/unsharing.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
         "settings": settings,
-        "rows": [row for row, _ in results],
+        "spent": spent(rows),
+        "clause": [*clause(rows), everywhere],
+        "rows": rows,
         "trials": [
             {"model": row["model"], "groups": row["groups"], "seed": row["seed"], **t.row()}
             for row, tried in results
             for t in tried
         ],
-        "environment": environment(),
+        "environment": here,
     }
-    (RESULTS / f"audit_unsharing_{settings['moment']}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"audit_unsharing_{settings['moment']}.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return content
 
 
-def report(results):
-    rows = [row for row, _ in results]
-    table = []
-    for case in dict.fromkeys((row["model"], str(row["groups"])) for row in rows):
-        mine = [row for row in rows if (row["model"], str(row["groups"])) == case]
-        for strategy in mine[0]["loss"]:
-            gains = [row["loss"]["nothing"] - row["loss"][strategy] for row in mine]
-            added = statistics.mean(row["added"][strategy] for row in mine)
-            table.append(
-                {
-                    "model": case[0],
-                    "groups": case[1],
-                    "spent on": strategy,
-                    "added": int(added),
-                    "gain": f"{statistics.mean(gains):+.4f}",
-                    "s.d.": f"{statistics.stdev(gains):.4f}" if len(gains) > 1 else "-",
-                    "per million": f"{1e6 * statistics.mean(gains) / added:+.2f}" if added else "-",
-                }
-            )
-    show_table("held-out loss bought at one budget", table)
-    clause = [
-        {
-            "model": row["model"],
-            "groups": str(row["groups"]),
-            "seed": row["seed"],
-            "metric": metric,
-            "rho": f"{c['rho']:+.2f}",
-            "interval": f"{c['low']:+.2f} to {c['high']:+.2f}",
-            "per parameter": f"{c['per_parameter']:+.2f}",
-        }
-        for row in rows
-        for metric, c in row["correlation"].items()
-    ]
-    show_table("predicted against realised gain", clause)
-    pooled = correlation([t for _, tried in results for t in tried])
-    print("all trials together:", json.dumps(pooled))
+def report(content):
+    for part, title in (
+        ("spent", "held-out loss bought at one budget"),
+        ("clause", "predicted against realised gain"),
+    ):
+        rounded = [
+            {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+            for row in content[part]
+        ]
+        show_table(title, rounded)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import importlib.util
 import json
 import math
 import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -142,17 +144,16 @@ def steps_table(device, quick):
             "measure, factors": lambda s=steps: s.measure(factors=True),
             "train and measure, sketches": lambda s=steps, k=sketch: s.measure_while_training(k),
         }
-        found = race(variants, device, 5 if quick else 10)
+        found = race(variants, device, 5 if quick else 6)
         base = found["training step"]
         for name, (seconds, peak) in found.items():
             rows.append(
                 {
-                    "uses per weight": group,
-                    "step": name,
+                    "step": f"{group} uses per weight: {name}",
                     "ms": round(1e3 * seconds, 1),
-                    "time ratio": round(seconds / base[0], 2),
-                    "peak MB": peak and round(peak / 1e6),
-                    "memory ratio": peak and round(peak / base[1], 2),
+                    "time_ratio": round(seconds / base[0], 2),
+                    "peak_MB": peak and round(peak / 1e6),
+                    "memory_ratio": peak and round(peak / base[1], 2),
                 }
             )
     return rows
@@ -193,10 +194,9 @@ def torchjd_table(device, quick):
     for name, (seconds, peak) in race(variants, device, 5 if quick else 20).items():
         rows.append(
             {
-                "losses": tasks,
-                "Gram matrix by": name,
+                "Gram_matrix_by": f"{tasks} losses: {name}",
                 "ms": round(1e3 * seconds, 2),
-                "peak MB": peak and round(peak / 1e6),
+                "peak_MB": peak and round(peak / 1e6),
             }
         )
     return rows
@@ -223,7 +223,7 @@ def sketch_table(device, quick):
                 expected += (1 - exact[upper].square()).tolist()
         rms = math.sqrt(statistics.fmean(e * e for e in errors))
         theory = math.sqrt(statistics.fmean(e * e for e in expected)) / math.sqrt(size)
-        rows.append({"size": size, "rms error": round(rms, 4), "(1-c²)/√size": round(theory, 4)})
+        rows.append({"size": size, "rms_error": round(rms, 4), "(1-c²)/√size": round(theory, 4)})
     return rows
 
 
@@ -241,7 +241,7 @@ def users_table(device, quick):
         }
         row = {"users": users}
         for name, (seconds, peak) in race(variants, device, 3).items():
-            row |= {f"{name} ms": round(1e3 * seconds, 1), f"{name} MB": peak and round(peak / 1e6)}
+            row |= {f"{name}_ms": round(1e3 * seconds, 1), f"{name}_MB": peak and round(peak / 1e6)}
         rows.append(row)
     return rows
 
@@ -254,18 +254,24 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    result = {"benchmark": "sharing/cost", "quick": options.quick, "environment": environment()}
+    folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
+    result = {
+        "command": " ".join(["python", "benchmarks/sharing/cost.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread",
+        "torch": torch.__version__,
+        "environment": environment(),
+    }
     tables = {
         "steps": ("measuring against training", steps_table),
         "torchjd": ("the Gram matrix of K losses, nothing shared", torchjd_table),
         "sketch": ("error of a sketched cosine", sketch_table),
         "users": ("growth with the number of users", users_table),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for key, (title, table) in tables.items():
         result[key] = table(device, options.quick)
         show_table(title, result[key])
-        (RESULTS / "sharing_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "sharing_cost.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
