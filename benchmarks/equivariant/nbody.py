@@ -3,11 +3,12 @@
     python benchmarks/equivariant/nbody.py [--quick] [--seconds 180] [--seeds 0,1,2] [--device cuda]
 
 Data: nbody_small_7000.npz (WEIGHTSHARE_DATA or --data), else simulated. Per row: one network, one
-seed, a fixed budget of seconds; weights are averaged, the best by validation is tested. Errors of
-all test trajectories are kept for paired comparison.
+seed, a fixed budget of seconds; weights are averaged, the best by validation is tested. Networks of
+one seed are compared by the paired differences of their errors over the test trajectories.
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -100,8 +101,22 @@ def train(
         "ms_per_step": 1000 * seconds / steps,
         **{f"{part}_mse": float(e.mean()) for part, e in errors.items()},
         "test_standard_error": float(errors["test"].std() / len(errors["test"]) ** 0.5),
-        "test_errors": [float(f"{e:.4g}") for e in errors["test"]],
+        "errors": errors["test"],
     }
+
+
+FIRST: dict[int, np.ndarray] = {}
+"""Errors of the first network of each seed in this run."""
+
+
+def paired(row: dict, seed: int) -> dict:
+    """The row with its mean difference to the seed's first network over the same trajectories."""
+    errors = row.pop("errors")
+    off = errors - FIRST.setdefault(seed, errors)
+    if off.any():
+        row["against_first"] = float(off.mean())
+        row["against_first_standard_error"] = float(off.std(ddof=1) / len(off) ** 0.5)
+    return row
 
 
 def step_seconds(update: Captured, batches: EpochBatches) -> float:
@@ -135,12 +150,8 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         for name in names.split(","):
             budget = min(seconds, table.end - time.monotonic())
-            table.row(
-                f"{name}, seed {seed}",
-                lambda n=name, s=seed, b=budget: train(
-                    n, s, b, options.epochs, sets, options.device
-                ),
-            )
+            row = functools.partial(train, name, seed, budget, options.epochs, sets, options.device)
+            table.row(f"{name}, seed {seed}", lambda row=row, seed=seed: paired(row(), seed))
     table.show(
         [
             "parameters",
