@@ -35,6 +35,7 @@ __getattr__, __dir__, __all__ = attach(
         "ponita": ["Ponita"],
         "point_cloud": ["LiftedCloud", "PonitaPoints", "lift_bonds"],
         "geometric": ["PonitaGraph", "RadiusEdges", "RandomRotation"],
+        "irreps": ["from_irreps", "to_irreps"],
         "qm9": ["QM9", "load_qm9"],
         "reference": ["from_reference"],
         "symmetrised": ["Symmetrised", "symmetrise"],
