@@ -230,12 +230,12 @@ def test_losing_the_model_every_round_gains_nothing(federation):
 @pytest.mark.parametrize("config", [ReputationConfig(patience=3), ReputationConfig.robust()])
 def test_save_restore_continue_is_the_uninterrupted_run(federation, tmp_path, config):
     names = [f"p{i}" for i in range(5)] + ["x0", "x1"]
-    whole = federation(names, config, opposing).run(9)
-    first = federation(names, config, opposing, folder=tmp_path / "one").run(5)
+    whole = federation(names, config, opposing).run(14)
+    first = federation(names, config, opposing, folder=tmp_path / "one").run(8)
     first.strategy.save(tmp_path / "checkpoints")
     second = federation(names, config, opposing, folder=tmp_path / "two")
-    assert second.strategy.restore(tmp_path / "checkpoints") == 5
-    second.run(4)
+    assert second.strategy.restore(tmp_path / "checkpoints") == 8
+    second.run(6)
     assert second.outcome() == whole.outcome()
     assert second.strategy.standing == whole.strategy.standing
     assert second.strategy.standing.expelled

@@ -126,6 +126,7 @@ def assess(
     *,
     sizes: Mapping[str, float] | None = None,
     reference: Vector | None = None,
+    squares: Mapping[str, float] | None = None,
 ) -> tuple[Standing, Assessment]:
     """Judge the updates of one round.
 
@@ -137,6 +138,7 @@ def assess(
         sizes: samples of each participant as the server knows them, never as a client claims.
         reference: ``(D,)``, an update computed from trusted data. Given, cosines are taken with it
             and the aggregate already has this round's weights.
+        squares: squared norms of the updates, where they are known from checking them.
 
     Returns:
         The standing after the round, and how it came about.
@@ -151,7 +153,8 @@ def assess(
     if not names:
         raise ValueError("a round without updates cannot be assessed")
     rows = [updates[name] for name in names]
-    norms = [sqrt(squared_norm(row)) for row in rows]
+    known = squares or {n: squared_norm(row) for n, row in zip(names, rows, strict=True)}
+    norms = [sqrt(known[name]) for name in names]
     rows, norms, factors = _tamed(rows, norms)
     scales = [_scale(norm, config) for norm in norms]
     groups = copies_among(names, rows, norms, config.duplicates)
@@ -209,7 +212,8 @@ def smooth(
     else:
         reputation, flag = dict(standing.reputation), "no update agrees with the aggregate"
     threshold = config.threshold / len(reputation)
-    below = sorted(name for name in reputation if reputation[name] < threshold)
+    # A round that says nothing about anybody is no reason to withhold or to remove.
+    below = [] if flag else sorted(n for n in reputation if reputation[n] < threshold)
     assessed = {**standing.assessed}
     for name in cosines:
         assessed[name] = assessed.get(name, 0) + 1

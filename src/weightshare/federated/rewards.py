@@ -76,19 +76,20 @@ def _classes(vector: Vector, wanted: Sequence[int]) -> Classes:
     bits = np.abs(vector).view(np.uint32)
     coarse = (bits >> SHIFT).astype(np.uint16)
     counts = np.bincount(coarse, minlength=1 << 15)
-    above = np.cumsum(counts[::-1])[::-1]  # entries of this coarse value or larger
+    falling = np.cumsum(counts[::-1])
+    above = falling[::-1]  # entries of this coarse value or larger
     # A coarse value whose entries all fall between two quotas has one class; else it is a boundary.
-    first = np.searchsorted(wanted, above - counts, side="right")
-    last = np.searchsorted(wanted, np.maximum(above - 1, 0), side="right")
-    classes = first.astype(kind)[coarse]
+    first = _passed(np.searchsorted(falling, wanted, side="left") + 1)
+    last = _passed(np.searchsorted(falling, wanted, side="right"))
+    classes = first.astype(kind).take(coarse)
     split = (first != last) & (counts > 0)
     if not split.any():
         return classes
-    marks = np.flatnonzero(split[coarse]).astype(np.int64)
+    marks = np.flatnonzero(split.take(coarse))
     values = np.flatnonzero(split)
     ordinal = np.zeros(1 << 15, np.uint16)
     ordinal[values] = np.arange(len(values), dtype=np.uint16)
-    by_value = np.argsort(ordinal[coarse[marks]], kind="stable")
+    by_value = np.argsort(ordinal.take(coarse.take(marks)), kind="stable")
     marks = marks[by_value]
     stops = np.cumsum(counts[values])
     for value, stop in zip(values, stops, strict=True):
@@ -99,6 +100,11 @@ def _classes(vector: Vector, wanted: Sequence[int]) -> Classes:
         inside = [k - larger for k in wanted if larger < k < larger + count]
         classes[places] = _exact(magnitudes, inside, int(first[value]), kind)
     return classes
+
+
+def _passed(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of ``places`` lie at or before each coarse value, counted from the largest."""
+    return np.cumsum(np.bincount(places, minlength=(1 << 15) + 1)[: 1 << 15])[::-1]
 
 
 def _exact(magnitudes: NDArray[np.uint32], quotas: Sequence[int], base: int, kind: Any) -> Classes:

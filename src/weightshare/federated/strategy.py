@@ -110,6 +110,7 @@ class ReputationStrategy(Strategy):
         self._own: dict[str, Vector] = {}
         self._stale: set[str] = set()  # who must be sent the whole model
         self._tickets: dict[int, wire.Ticket] = {}
+        self._squares: dict[str, float] = {}
         draw = np.random.default_rng(len(initial))
         self._watched = draw.choice(len(initial), min(WATCHED, len(initial)), replace=False)
         self._seen: dict[str, Vector] = {}
@@ -165,7 +166,12 @@ class ReputationStrategy(Strategy):
         if present:
             reference = self.root(self.server, number) if self.root else None
             self.standing, judged = assess(
-                self.standing, present, self.config, sizes=self.sizes, reference=reference
+                self.standing,
+                present,
+                self.config,
+                sizes=self.sizes,
+                reference=reference,
+                squares=self._squares,
             )
             self._settle(present, judged)
         else:
@@ -401,6 +407,7 @@ class ReputationStrategy(Strategy):
     def _updates(self, replies: Iterable[Message]) -> dict[str, Vector]:
         """The valid updates by participant; the rest is noted."""
         updates: dict[str, Vector] = {}
+        self._squares = {}
         heard: set[str] = set()
         for reply in replies:
             ticket = self._tickets.get(reply.metadata.src_node_id)
@@ -416,8 +423,8 @@ class ReputationStrategy(Strategy):
             if update is None:
                 self._lost(ticket)
                 continue
-            self._watch(ticket, update)
-            updates[ticket.name] = update
+            updates[ticket.name], self._squares[ticket.name] = update
+            self._watch(ticket, updates[ticket.name])
         return updates
 
     def _strike(self, ticket: wire.Ticket, reason: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import saxpy
 
 Vector = NDArray[np.float32]
 
@@ -43,13 +44,11 @@ def products(rows: Sequence[Vector], vector: Vector) -> NDArray[np.float64]:
 def weighted_sum(rows: Sequence[Vector], weights: Sequence[float]) -> Vector:
     """``Σ_i weights_i · rows_i``, added in the order of the rows."""
     total = np.zeros(len(rows[0]), np.float32)
-    scaled = np.empty(BLOCK, np.float32)
-    factors = [np.float32(weight) for weight in weights]
     for start in range(0, len(total), BLOCK):
         into = total[start : start + BLOCK]
-        room = scaled[: len(into)]
-        for row, factor in zip(rows, factors, strict=True):
-            if factor:
-                np.multiply(row[start : start + BLOCK], factor, out=room)
-                into += room
+        for row, weight in zip(rows, weights, strict=True):
+            if weight:
+                into = saxpy(row[start : start + BLOCK], into, a=weight)
+        # saxpy adds in place where it can; this is a copy onto itself then.
+        total[start : start + BLOCK] = into
     return total

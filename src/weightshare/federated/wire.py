@@ -111,8 +111,9 @@ def lost(number: int) -> RecordDict:
     return RecordDict({"report": ConfigRecord({"round": number, "lost": True})})
 
 
-def read_update(message: Message, ticket: Ticket, dimension: int) -> Vector | None:
-    """The update of a reply to ``ticket``, ``(D,)`` float32; None where the model was lost.
+def read_update(message: Message, ticket: Ticket, dimension: int) -> tuple[Vector, float] | None:
+    """The update of a reply to ``ticket``, ``(D,)`` float32, and its squared norm; None where the
+    model was lost.
 
     Raises:
         Rejected: anything at all is not as it must be. Sizes are compared before bytes are read.
@@ -133,11 +134,16 @@ def read_update(message: Message, ticket: Ticket, dimension: int) -> Vector | No
         raise Rejected("answer from another model")
     if "update" not in content.array_records or set(content["update"]) != {"update"}:
         raise Rejected("unexpected arrays")
-    return read_vector(content["update"]["update"], dimension)
+    return read_measured(content["update"]["update"], dimension)
 
 
 def read_vector(packed: Array, dimension: int) -> Vector:
-    """A flat float32 vector of known size out of a Flower array, without a copy.
+    """``read_measured`` without the norm."""
+    return read_measured(packed, dimension)[0]
+
+
+def read_measured(packed: Array, dimension: int) -> tuple[Vector, float]:
+    """A flat float32 vector of known size out of a Flower array, without a copy; and ``Σ x²``.
 
     The embedded header is compared byte for byte with the one NumPy writes, so that what is
     declared, what is embedded and what is there are one thing, and nothing is parsed.
@@ -155,9 +161,10 @@ def read_vector(packed: Array, dimension: int) -> Vector:
     if not packed.data.startswith(header):
         raise Rejected("another header")
     vector = np.frombuffer(packed.data, np.float32, dimension, len(header))
-    if not np.isfinite(squared_norm(vector)):
+    square = squared_norm(vector)
+    if not np.isfinite(square):
         raise Rejected("entries that are not finite")
-    return vector
+    return vector, square
 
 
 @lru_cache(maxsize=8)
