@@ -81,6 +81,25 @@ def test_unshared_groups_keep_sharing_inside():
     assert model.blocks[0][1].weight is not model.blocks[1][1].weight
 
 
+def test_a_training_step_of_the_copy_leaves_the_parent_and_its_optimizer_alone():
+    torch.manual_seed(0)
+    parent = Blocks()
+    optimizer = torch.optim.Adam(parent.parameters())
+    loss(parent, X).backward()
+    optimizer.step()
+    before = copy.deepcopy(parent.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict())
+    child = apply(copy.deepcopy(parent), suggestion(parent, "unshare"))
+    theirs = torch.optim.Adam(child.parameters())
+    loss(child, X).backward()
+    theirs.step()
+    assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
+    assert str(optimizer.state_dict()) == str(moments)
+    stored = {p.data_ptr() for p in parent.parameters()}
+    assert stored.isdisjoint(p.data_ptr() for p in child.parameters())
+    assert len({id(b[1].bias) for b in child.blocks}) == 2  # one group of two still shares
+
+
 def test_a_loop_with_weights_of_its_own_is_the_unrolled_loop():
     torch.manual_seed(0)
     model = Looped(depth=3).double()
@@ -151,6 +170,15 @@ def test_what_only_the_modules_code_can_do_is_refused(make, message):
     advice = next(s for s in found.suggestions if s.unsharing.kind == "unshare")
     with pytest.raises(UserError, match=message):
         apply(model, advice)
+
+
+def test_a_second_action_on_the_same_weight_is_refused():
+    torch.manual_seed(0)
+    model = Blocks()
+    first, second = suggestion(model, "scale"), suggestion(model, "low_rank")
+    apply(model, first)
+    with pytest.raises(UserError, match="one suggestion per shared weight"):
+        apply(model, second)
 
 
 def test_leaving_it_shared_does_nothing():

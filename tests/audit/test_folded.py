@@ -100,3 +100,30 @@ def test_what_a_plan_cannot_say_is_refused(folded):
         unshared_plan(folded, Unsharing("unshare", head, (head.users[:1], head.users[1:])))
     with pytest.raises(UserError, match="was not folded"):
         unshared_plan(torch.nn.Linear(2, 2), chosen)
+
+
+def test_a_model_in_bfloat16_is_audited():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    model = fold(LlamaForCausalLM(config).bfloat16(), FoldPlan(3, groups=((0, 1, 2),)))
+    found = audit(model, batches(), loss)
+    tried = [s for s in found.suggestions if s.unsharing.kind != "nothing"]
+    assert len(tried) == 3 and all(s.predicted == s.predicted for s in tried)
+    before = model(batches()[0]).logits
+    for suggestion in tried:
+        changed = apply(copy.deepcopy(model), suggestion)
+        assert torch.equal(changed(batches()[0]).logits, before)
+
+
+def test_a_frozen_model_is_refused(folded):
+    model = copy.deepcopy(folded).requires_grad_(False)
+    with pytest.raises(UserError, match="frozen"):
+        audit(model, batches(2), loss)

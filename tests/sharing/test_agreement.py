@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from weightshare.errors import UserError
-from weightshare.sharing import Gram, Stable, opposed, user_gradients
+from weightshare.sharing import (
+    Gram,
+    Stable,
+    by_tensor,
+    opposed,
+    task_gradients,
+    user_gradients,
+)
 
 
 def observed(gram, rows):
@@ -254,3 +261,28 @@ def test_one_batch_has_no_debiased_estimate_and_no_interval():
 def test_stable_needs_the_same_decision_in_a_row():
     stable = Stable(3)
     assert [stable.update(d) for d in "aabbbb"] == [False, False, False, False, True, True]
+
+
+def test_tasks_on_one_trunk_are_told_apart():
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, 3).double(), [nn.Linear(3, 1).double() for _ in range(3)]
+    hidden = trunk(vectors(6, 4)).tanh()
+    losses = {f"task {i}": head(hidden).square().sum() for i, head in enumerate(heads)}
+    named = {f"trunk.{n}": p for n, p in trunk.named_parameters()}
+    alone = {
+        task: torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        for task, loss in losses.items()
+    }
+    found = task_gradients(losses, named | {"head": heads[1].weight})
+    for number, name in enumerate(named):
+        assert list(found[name]) == list(losses)
+        for task, gradient in found[name].items():
+            assert torch.equal(gradient, alone[task][number])
+    assert list(found["head"]) == ["task 1"]
+
+
+def test_the_updates_of_clients_are_users_too():
+    steps = {"ann": {"w": torch.ones(3)}, "bob": {"w": -torch.ones(3), "b": torch.ones(1)}}
+    gram = Gram(steps).update(by_tensor(steps))
+    assert gram.select(["w"]).cosine()[0, 1] == -1
+    assert gram.select(["b"]).cosine()[0, 1].isnan()

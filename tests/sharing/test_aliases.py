@@ -190,6 +190,40 @@ def test_a_loss_that_cannot_be_used_is_refused(loss, message):
         uses.gradients(loss)
 
 
+def test_a_compiled_model_is_refused():
+    with pytest.raises(UserError, match=r"torch\.compile"), per_use(torch.compile(TwoModules())):
+        pass
+
+
+class Pool(nn.Module):
+    """Two layers gather rows of a pool that a third module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.ParameterList([nn.Parameter(torch.randn(4, 3))])
+        self.layers = nn.ModuleList(Reader(self.pool, rows) for rows in ([0, 1], [1, 2]))
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.layers)
+
+
+class Reader(nn.Module):
+    def __init__(self, pool, rows):
+        super().__init__()
+        self.held, self.rows = [pool], torch.tensor(rows)  # not registered here
+
+    def forward(self, x):
+        return x @ self.held[0][0][self.rows].T
+
+
+def test_readers_of_a_pool_are_users_in_the_pools_coordinates():
+    with per_use(model := Pool()) as uses:
+        found = uses.gradients(model(batch(dtype=torch.float32)).square().sum())["pool.0"]
+    assert [use.module for use in found] == ["layers.0", "layers.1"]
+    touched = [g.abs().sum(1) > 0 for g in found.values()]
+    assert [t.tolist() for t in touched] == [[True, True, False, False], [False, True, True, False]]
+
+
 def test_an_unknown_weight_is_refused_by_name():
     with pytest.raises(UserError, match=r"'b\.weight'"), per_use(TwoModules(), ["b.weight"]):
         pass  # b.weight is the second name of a.weight

@@ -143,6 +143,11 @@ def audit(
             "because agreement is measured between distinct batches."
         )
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if not any(parameter.requires_grad for parameter in inner.parameters()):
+        raise UserError(
+            "every parameter of the model is frozen, so none has a gradient to compare; "
+            "call requires_grad_() on those to audit."
+        )
     with preserved(model):
         layers = first_look(model, inner, batches[0], loss, per)
         if not layers:

@@ -261,7 +261,10 @@ def mean_gradients(
                 square = torch.stack([_dense(g).square() for g in each.values()]).mean(0)
                 square = square / len(batches)
                 squares[name] = squares[name] + square if name in squares else square
-            total = accumulate(total, found)
+            wide: Gradients[Use] = {
+                name: {use: _dense(g) for use, g in each.items()} for name, each in found.items()
+            }
+            total = accumulate(total, wide)
     mean: Gradients[Use] = {
         name: {use: _dense(g) / len(batches) for use, g in each.items()}
         for name, each in (total or {}).items()
@@ -279,7 +282,7 @@ def step(
     offsets: Offsets = {}
     bases: dict[str, Tensor] = {}
     for name, users in unsharing.layer.tensors.items():
-        weight = model.get_parameter(name).detach()
+        weight = _dense(model.get_parameter(name).detach())
         grouped = {use: unsharing.group_of(user) for use, user in users.items()}
         found = gradients.get(name, {})
         members = {use: g for use, g in grouped.items() if g is not None and use in found}
@@ -371,8 +374,9 @@ def curvature(
 
 
 def _dense(gradient: Any) -> Tensor:
+    """A whole gradient, in float32 at least: sums of bfloat16 numbers lose what is looked for."""
     assert isinstance(gradient, Tensor)
-    return gradient
+    return gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
 
 
 def _portions(model: nn.Module, layers: Sequence[Layer], together: int) -> list[list[Layer]]:

@@ -199,6 +199,13 @@ def _uses_by_group(
                 f"it cannot be given {SAYS[unsharing.kind]} from outside."
             )
         holder = model.get_submodule(use.module)
+        own = isinstance(getattr(holder, use.name, None), nn.Parameter)
+        changed = own and getattr(holder, use.name) is not weight
+        if changed or parametrize.is_parametrized(holder, use.name):
+            raise UserError(
+                f"{use} has been unshared before; apply one suggestion per shared weight, "
+                "or merge(model) and audit again."
+            )
         if getattr(holder, use.name, None) is not weight:
             raise UserError(
                 f"{use.module or 'the model'} reads {name!r} from another module; register the "

@@ -109,6 +109,11 @@ def per_use(
             :class:`~weightshare.sharing.ghost.Factors` and never form it.
     """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if hasattr(inner, "_orig_mod"):
+        raise UserError(
+            "the model was compiled by torch.compile, which hides the uses of its weights; "
+            "pass the model it was made from."
+        )
     names = {
         parameter: name
         for name, parameter in inner.named_parameters()
@@ -250,7 +255,9 @@ class _Aliasing(TorchFunctionMode):
                 alias = _Alias.apply(parameter, self.record, use, name)
             else:
                 offset = self.offsets[name].get(use)
-                alias = parameter if offset is None else parameter + self.amount * offset
+                alias = parameter
+                if offset is not None:
+                    alias = (parameter + self.amount * offset).to(parameter.dtype)
             self.aliases[parameter, use] = alias
         return self.aliases[parameter, use]
 
