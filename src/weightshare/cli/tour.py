@@ -165,8 +165,44 @@ def points_stop(out: Path, short: bool) -> dict[str, Any]:
     }
 
 
+def audit_stop(out: Path, short: bool) -> dict[str, Any]:
+    """Audit a folded model before its cure, where the blocks' wishes still differ, and probe it."""
+    from weightshare.audit.config import AuditConfig
+    from weightshare.cli.audit import run as audit
+    from weightshare.folding import FoldPlan, fold
+    from weightshare.language import load_model
+
+    source = load_model("tiny")
+    folded = fold(source.model, FoldPlan(len(source.model.model.layers), groups=((3, 4), (6, 7))))
+    model = out.parent / "audited"
+    folded.save_pretrained(model)
+    source.tokenizer.save_pretrained(model)
+    config = AuditConfig(
+        model=str(model),
+        batches=4 if short else 6,
+        batch_size=2,
+        sequence_length=64 if short else 128,
+        probe=1 if short else 2,
+        probe_steps=3 if short else 10,
+        out=str(out),
+    )
+    audit(config)
+    facts = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    cosines = {name: one["cosine"] for name, one in facts["agreement"].items()}
+    least = min(cosines, key=lambda name: cosines[name])
+    gains = facts["probe"]["gain_per_parameter"]
+    return {
+        "shared": f"{facts['shared_weights']} weights, agreeing from {cosines[least]:+.2f} ({least})",
+        "saved": f"{facts['saved_parameters']:,} parameters",
+        "cost": f"suggested unsharings gain {1e6 * gains['suggested']:.1f} nats per million",
+        "baseline": f"random ones {1e6 * gains['random']:.1f}",
+        "paper": "–",
+    }
+
+
 STOPS: dict[str, tuple[str, Callable[[Path, bool], dict[str, Any]]]] = {
     "fold": ("FoldGPT: fold a language model", fold_stop),
+    "audit": ("Audit: who disagrees, and is unsharing worth it", audit_stop),
     "points": ("PONITA: learn where particles go, in any orientation", points_stop),
 }
 """Stops in order: name -> (title, function of the run directory and whether the tour is short)."""
