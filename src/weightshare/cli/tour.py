@@ -192,7 +192,7 @@ def audit_stop(out: Path, short: bool) -> dict[str, Any]:
     least = min(cosines, key=lambda name: cosines[name])
     gains = facts["probe"]["gain_per_parameter"]
     return {
-        "shared": f"{facts['shared_weights']} weights, agreeing from {cosines[least]:+.2f} ({least})",
+        "shared": f"{facts['shared_weights']} weights; {least}: {cosines[least]:+.2f}",
         "saved": f"{facts['saved_parameters']:,} parameters",
         "cost": f"suggested unsharings gain {1e6 * gains['suggested']:.1f} nats per million",
         "baseline": f"random ones {1e6 * gains['random']:.1f}",
