@@ -8,6 +8,7 @@ rotations; standard errors are over test structures.
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -46,15 +47,21 @@ def test(task: PotentialTask, data: dict[str, torch.Tensor], device: str) -> dic
     }  # fmt: skip
 
 
-def train(name: str, seed: int, budget: float, path: str, device: str, quick: bool) -> dict:
+def train(
+    name: str, seed: int, budget: float, path: str, device: str, quick: bool, keep: Path | None
+) -> dict:
     data = stack_molecules(read_structures(path))
     with np.load(path, allow_pickle=False) as file:
         rows = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
     sets = {part: {k: v[index] for k, v in data.items()} for part, index in rows.items()}
     torch.manual_seed(seed)
-    size = {"hidden": 16, "basis": 16, "layers": 2, "orientations": 6} if quick else {}
-    if name == "pnita":
+    size: dict = {"hidden": 16, "basis": 16, "layers": 2, "orientations": 6} if quick else {}
+    if "small" in name:
+        size = {"hidden": 32, "basis": 32, "layers": 3, "orientations": 12}
+    if "pnita" in name:
         size["orientations"] = 0
+    if "reference" in name:
+        size["invariants"] = "reference"
     scale = float(sets["train"]["forces"].square().mean().sqrt())
     potential = PonitaPotential(data["numbers"].unique().tolist(), scale=scale, **size)
     potential.fit_references(
@@ -67,8 +74,9 @@ def train(name: str, seed: int, budget: float, path: str, device: str, quick: bo
 
     def build(steps: int) -> tuple[Captured, LoopConfig]:
         config = LoopConfig(
-            steps=steps, learning_rate=5e-4, weight_decay=1e-16, clip=0.5, ema_decay=0.99,
-            warmup_fraction=0.02, seed=seed, log_every=200, checkpoint_every=0,
+            steps=steps, learning_rate=3e-3 if "small" in name else 5e-4, weight_decay=1e-16,
+            clip=0.5, ema_decay=0.99, warmup_fraction=0.02, seed=seed,
+            log_every=200, checkpoint_every=0,
         )  # fmt: skip
         return Captured(RotatedUpdate.from_config(task, config, vectors=VECTORS)), config
 
@@ -78,15 +86,19 @@ def train(name: str, seed: int, budget: float, path: str, device: str, quick: bo
     task.load_state_dict(kept)
     steps = max(int((budget - (time.monotonic() - begun)) * 0.95 / each), 20)
     update, config = build(steps)
-    begun = time.monotonic()
+    begun, processor = time.monotonic(), time.process_time()
     TrainingLoop(update, batches, config, progress=False).fit()
     about = {
+        "processor_seconds": time.process_time() - processor,
         "parameters": sum(p.numel() for p in task.parameters()),
         "steps": steps, "epochs": steps * 10 / len(rows["train"]),
         "seconds": time.monotonic() - begun, "ms_per_step": 1000 * each,
     }  # fmt: skip
     found = {**about, **test(task, sets["test"], device)}
-    if name != "pnita":
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        potential.save(keep / f"ethanol-{name}-{seed}.safetensors")
+    if "pnita" not in name:
         potential.network = symmetrise(potential.network, 5)
         averaged = test(task, sets["test"], device)
         found |= {f"rotated_5_{key}": value for key, value in averaged.items()}
@@ -108,7 +120,8 @@ def step_seconds(update: Captured, batches: EpochBatches) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="ethanol_ccsdt_1000.npz, default from WEIGHTSHARE_DATA")
-    parser.add_argument("--networks", default="ponita")
+    parser.add_argument("--networks", default="ponita", help="ponita, pnita; -small, -reference")
+    parser.add_argument("--keep", type=Path, help="folder for the trained potentials")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, default=170, help="training time of a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +135,9 @@ def main() -> None:
             budget = min(seconds, table.end - time.monotonic())
             table.row(
                 f"{name}, seed {seed}",
-                lambda n=name, s=seed, b=budget: train(n, s, b, path, options.device, table.quick),
+                functools.partial(
+                    train, name, seed, budget, path, options.device, table.quick, options.keep
+                ),
             )
     table.show(
         ["epochs", "seconds", "energy_mae_mev", "force_mae_mev_a", "rotated_5_energy_mae_mev",
