@@ -142,15 +142,15 @@ def points_stop(out: Path, short: bool) -> dict[str, Any]:
     from weightshare.cli.points import run as points
     from weightshare.equivariant.config import PointsConfig
 
-    sizes = (60, 30, 60) if short else (500, 100, 300)
+    sizes = (60, 30, 60) if short else (400, 50, 150)
     points(
         PointsConfig(
             data="nbody",
             train_size=sizes[0],
             valid_size=sizes[1],
             test_size=sizes[2],
-            epochs=8 if short else 40,
-            batch_size=30 if short else 50,
+            epochs=8 if short else 30,
+            batch_size=30 if short else 40,
             out=str(out),
         )
     )
