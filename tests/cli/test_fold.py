@@ -176,3 +176,25 @@ def test_a_family_that_is_not_known_is_refused_by_name(text_file, model_folder, 
         GPT2LMHeadModel(config).save_pretrained(folder)
     line = refused(capsys, folder, "--text", text_file, "--remove", "0.5", "--out", tmp_path / "o")
     assert "gpt2" in line and "Llama" in line
+
+
+@pytest.mark.slow
+def test_onnx_holds_shared_weights_once_and_gives_the_same_logits(finished, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out, _ = finished
+    file = tmp_path / "model.onnx"
+    assert main(["export", str(out), "--to", "onnx", "--out", str(file)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    session = onnxruntime.InferenceSession(str(file))
+    for shape in ((1, 5), (3, 17)):
+        ids = torch.randint(3, 200, shape)
+        (found,) = session.run(None, {"input_ids": ids.numpy()})
+        with torch.no_grad():
+            expected = model(ids).logits
+        assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    unique = sum(parameter.nbytes for parameter in model.parameters())
+    weights = onnx.load(str(file)).graph.initializer
+    stored = sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
+    assert unique <= stored < 1.1 * unique

@@ -31,6 +31,7 @@ def run(config: "FoldConfig") -> None:
     from weightshare.cli.console import say, show_table
     from weightshare.cli.estimate import show_estimate
     from weightshare.cli.models import open_model
+    from weightshare.cli.trackers import tracking
     from weightshare.folding import Ranking, cure, facts, fold, plan, rank
     from weightshare.folding.blocks import BlockLosses
     from weightshare.folding.card import model_card, save_model
@@ -48,7 +49,10 @@ def run(config: "FoldConfig") -> None:
         show_estimate(config, source, given, protect, texts)
         return
 
-    with Run.open(config.out, config, command="fold", resume=config.resume) as run:
+    with (
+        Run.open(config.out, config, command="fold", resume=config.resume) as run,
+        tracking(run, config.log_with),
+    ):
         run.summary(documents=documents, device=str(model.device), model=config.model)
         calibration, heldout = texts["calibration"].input_ids, texts["heldout"]
 

@@ -1,9 +1,9 @@
 """Settings of folding. Standard library only: ``weightshare fold --help`` reads this file."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-RANKINGS = (
+RankingName = Literal[
     "gates",
     "block_influence",
     "angular",
@@ -12,7 +12,9 @@ RANKINGS = (
     "coupling",
     "random",
     "exhaustive",
-)
+]
+RANKINGS: tuple[str, ...] = get_args(RankingName)
+"""Ways to choose the blocks to remove."""
 
 
 @dataclass
@@ -130,16 +132,7 @@ class FoldConfig:
     target_params: int | None = None
     remove_blocks: str | None = None
     plan: str | None = None
-    ranking: Literal[
-        "gates",
-        "block_influence",
-        "angular",
-        "one_shot",
-        "greedy",
-        "coupling",
-        "random",
-        "exhaustive",
-    ] = "greedy"
+    ranking: RankingName = "greedy"
     refine: Literal["none", "swaps"] = "none"
     representative: Literal["first", "last", "best", "mean", "whitened"] = "first"
     grouping: Literal["adjacent", "distance"] = "adjacent"

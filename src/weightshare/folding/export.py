@@ -57,7 +57,7 @@ def export_onnx(source: LanguageModel, file: str | Path) -> None:
             "Exporting to ONNX needs onnx and onnxscript; install them with: "
             "pip install 'weightshare[onnx]'."
         ) from error
-    model = _Logits(cast(source.model, torch.float32).eval())
+    model = _Logits(cast(source.model, torch.float32)).eval()
     ids = torch.ones(2, 8, dtype=torch.long)
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
     program = torch.onnx.export(

@@ -49,6 +49,8 @@ class Run:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.resumed = resumed
+        self.listeners: list[Callable[[int, dict[str, Any]], object]] = []
+        """Also told of everything that is logged, as (step, scalars)."""
         self._summary = summary
         self._lock = lock
         self._earlier = float(summary["seconds"]["total"])
@@ -112,6 +114,8 @@ class Run:
     def log(self, step: int, **scalars: Any) -> None:
         """Append ``{"step": step, **scalars}`` to ``metrics.jsonl``; NaN and infinities as text."""
         store.append_line(self.path / "metrics.jsonl", {"step": int(step), **scalars})
+        for listen in self.listeners:
+            listen(int(step), scalars)
         if time.monotonic() - self._saved > _SAVE_SECONDS:
             self._write_summary()
 
