@@ -103,10 +103,12 @@ def one(name, text, groups, seed, steps, options):
     source = load_model(Path(os.environ["WEIGHTSHARE_MODELS"]) / name, device=device)
     documents = read_documents(Path(os.environ["WEIGHTSHARE_DATA"]) / text)
     cut = len(documents) * 4 // 5
-    few = 60 if options.quick else cut
-    train = windows(source.tokenizer, documents[:few], 128)
-    train = text_batches(train, len(train) // 16, 16, device)
-    heldout = text_batches(windows(source.tokenizer, documents[cut:][:few], 128), 12, 16, device)
+    few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 16)
+    ranks = (8,) if options.quick else RANKS
+    train = windows(source.tokenizer, documents[:few], length)
+    train = text_batches(train, len(train) // size_of, size_of, device)
+    heldout = windows(source.tokenizer, documents[cut:][:few], length)
+    heldout = text_batches(heldout, 12, size_of, device)
     random.Random(seed).shuffle(train)
     audited = train[: 8 if options.quick else 32]
 
@@ -124,7 +126,7 @@ def one(name, text, groups, seed, steps, options):
         Unsharing(kind, f.layer, groups_of, rank)
         for f in found.findings
         if (groups_of := found_groups(f)) is not None
-        for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in RANKS)]
+        for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in ranks)]
     ]
     adam, plain = (
         predict(model, audited, language_loss, offers, metric=metric) for metric in METRICS
@@ -147,7 +149,7 @@ def one(name, text, groups, seed, steps, options):
         seed=seed,
     )
     best = sorted(adam, key=lambda s: -s.gain_per_parameter)
-    best = [s for s in best if s.unsharing.rank in (0, 4)]
+    best = [s for s in best if s.unsharing.rank in (0, ranks[len(ranks) // 2])]
     tried = probe(
         model, audited, heldout, language_loss, replace(found, suggestions=best), config
     ).trials

@@ -229,5 +229,7 @@ def test_too_few_trials_have_no_interval():
 
 def test_figures_take_plain_data():
     found = audit(Quadratic(targets(0, 1, 0)), data(), loss)
-    assert agreement_map(**agreement_data(found.findings[0])).axes
+    data_of = agreement_data(found.findings[0])
+    assert data_of["users"] == ["0", "1", "2"]
+    assert agreement_map(**data_of).axes
     assert agreement_bars(**agreements_data(found)).axes

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def agreement_data(finding: "Finding") -> dict[str, Any]:
     """Users and their debiased cosines, NaN where undefined."""
-    names = [user.rpartition(".")[2] for user in finding.layer.users]
+    bases = {user.partition("#")[0] for user in finding.layer.users}
+    mark = "#" if len(bases) == 1 else "."
+    names = [mark.strip(".") + user.rpartition(mark)[2] for user in finding.layer.users]
     users = names if len(set(names)) == len(names) else list(finding.layer.users)
     return {"users": users, "cosines": finding.similarity.tolist()}
 

@@ -192,7 +192,9 @@ def save_plan(run: Any, source: "LanguageModel", found: "Audit") -> None:
             except UserError:
                 continue  # about the tied head, or single tensors
             path = run.save("plan.json", plan.save)
-            say(f"fold plan without the most costly group: {path} (for weightshare fold --plan)")
+            say(
+                f"plan with {suggestion.unsharing.layer.name} split: {path} (weightshare fold --plan)"
+            )
             return
 
 
