@@ -35,6 +35,7 @@ def test_the_export_is_stock_lora_with_equal_logits(tmp_path, options):
     torch.testing.assert_close(lora(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_peft_alone_loads_the_export(tmp_path):
     x = tokens()
     model = adapted()

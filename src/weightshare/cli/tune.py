@@ -106,7 +106,7 @@ def run(config: TuneConfig) -> None:
     from weightshare.cli.models import open_model
     from weightshare.language import continue_prompts
     from weightshare.report import Run
-    from weightshare.shards import figures, read_data, tune
+    from weightshare.shards import figures, tune
     from weightshare.shards.tuning import evaluate_loss
 
     rates = sweep_rates(config.sweep)
@@ -115,15 +115,7 @@ def run(config: TuneConfig) -> None:
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    data = read_data(
-        source.tokenizer,
-        config.data,
-        config.heldout,
-        kind=config.kind,
-        length=sequence_length(config, source),
-        packing=config.packing,
-        limit=max(1, config.steps) * config.batch_size,
-    )
+    data = read(config, source)
     if config.dry_run:
         estimate(config, source, data)
         return
@@ -191,6 +183,21 @@ def run(config: TuneConfig) -> None:
         show_table("sizes", sizes)
         say(f"held-out loss {before:.4f} before, {after:.4f} after (learning rate {rate:g})")
         say(f"report:  {run.path / 'report.html'}\nadapter: {folder}")
+
+
+def read(config: TuneConfig, source: "LanguageModel") -> "TuneData":
+    """The data that the options name, cut for the model."""
+    from weightshare.shards import read_data
+
+    return read_data(
+        source.tokenizer,
+        config.data,
+        config.heldout,
+        kind=config.kind,
+        length=sequence_length(config, source),
+        packing=config.packing,
+        limit=max(1, config.steps) * config.batch_size,
+    )
 
 
 def sweep_rates(text: str) -> list[float]:

@@ -25,12 +25,16 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module's shards are: key and position in the pools of A and B; its rank and scale."""
+    """Where a module's shards are: key and position in the pools of A and B; its rank and scale.
+
+    ``row_scale`` names the pool entry with its learned row factors, where it has them.
+    """
 
     a: tuple[str, int]
     b: tuple[str, int]
     rank: int
     scaling: float
+    row_scale: str | None = None
 
 
 class MosLayer(BaseTunerLayer):
@@ -115,10 +119,8 @@ class MosLayer(BaseTunerLayer):
         """The factor on each rank, (r,), or None."""
         if adapter_name in self.mos_row_scale:
             return self.mos_row_scale[adapter_name]
-        key, member = self.mos_places[adapter_name].a
-        pools: Any = self._store.pools[adapter_name]
-        name = f"{key}_scale_{member}"
-        return pools.get(name)
+        name = self.mos_places[adapter_name].row_scale
+        return None if name is None else self._store.pool(adapter_name, name)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
         """A (r, h), B (o, r) and the scale of the LoRA that this adapter equals."""

@@ -1,5 +1,6 @@
 """The tuner: puts Mixture of Shards adapters on a model and owns their pools."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,9 +155,10 @@ class MosModel(BaseTuner):
             pool = plan.pools[key]
             # Not int16, which no backend of torch.distributed can broadcast: DDP would fail.
             indices.append(torch.tensor(pool.indices[member], dtype=torch.int32))
+        learned = f"{a[0]}_scale_{a[1]}" if config.row_scale == "learned" else None
         layer.update_layer(
             adapter_name,
-            Place(a, b, rank, scaling),
+            Place(a, b, rank, scaling, learned),
             indices[0],
             indices[1],
             dropout=config.lora_dropout,
@@ -257,7 +259,9 @@ class MosModel(BaseTuner):
         if torch.compiler.is_compiling() or first is None or first.disable_adapters or first.merged:
             yield
             return
-        dtype = compute_dtype(next(p for p in self.model.parameters() if p.is_floating_point()))
+        # Of a model that is quantised through and through only the pools are left.
+        weights = itertools.chain(self.model.parameters(), self.mos_pools.parameters())
+        dtype = compute_dtype(next(p for p in weights if p.is_floating_point()))
         with self.mos_store.gathered(adapter_names, dtype):
             yield
 
