@@ -191,6 +191,24 @@ def test_a_user_that_never_gets_a_gradient_is_named():
         assert all("idle" not in g for g in suggestion.unsharing.groups)
 
 
+def test_a_shared_weight_that_the_loss_never_touches_has_no_agreement():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = (nn.Linear(3, 3) for _ in range(3))
+            tie(self, [["a.weight", "b.weight"]])
+
+        def forward(self, x):
+            return self.body(x)
+
+    found = audit(Idle(), batches(), loss)
+    (finding,) = found.findings
+    assert finding.never == ("a", "b") and math.isnan(finding.agreement)
+    assert finding.opposed is None and not finding.split.advised
+    assert found.rows()[0]["agreement"] is None
+    assert [s.unsharing.kind for s in found.suggestions] == ["nothing"]
+
+
 @pytest.mark.parametrize(
     ("data", "objective", "message"),
     [

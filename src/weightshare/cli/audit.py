@@ -192,9 +192,8 @@ def save_plan(run: Any, source: "LanguageModel", found: "Audit") -> None:
             except UserError:
                 continue  # about the tied head, or single tensors
             path = run.save("plan.json", plan.save)
-            say(
-                f"plan with {suggestion.unsharing.layer.name} split: {path} (weightshare fold --plan)"
-            )
+            name = suggestion.unsharing.layer.name
+            say(f"plan with {name} split: {path} (weightshare fold --plan)")
             return
 
 

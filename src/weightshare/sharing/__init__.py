@@ -10,9 +10,9 @@ __getattr__, __dir__, __all__ = attach(
         "aliases": ["PerUse", "displaced", "per_use", "use"],
         "gradients": ["accumulate", "all_reduce", "by_tensor", "task_gradients", "user_gradients"],
         "sketch": ["CountSketch"],
-        "agreement": ["Gram", "Stable", "mean_agreement", "opposed"],
+        "agreement": ["Gram", "mean_agreement", "opposed"],
         "importance": ["Importance", "Joint", "joint", "linear_mix", "mix_for_ess"],
         "grouping": ["Partition", "contiguous", "partition"],
-        "splitting": ["Split", "split"],
+        "splitting": ["Split", "Stable", "split"],
     },
 )

@@ -181,7 +181,7 @@ class Gram:
                 value, pairs = context.across()
             total += torch.where(pairs > 0, value / pairs.clamp(min=1), 0.0)
             seen += pairs > 0
-        if estimate == "debiased" and not (seen > 0).any():
+        if estimate == "debiased" and max(map(len, self.contexts()), default=0) < 2:
             raise UserError(
                 "the debiased estimate compares distinct batches, but every context has one; "
                 "update() with at least two batches before close()."
@@ -300,23 +300,6 @@ class Gram:
         reach = float(t.ppf(0.5 + level / 2, self.units - 1))
         error = self.jackknife(lambda gram: gram.similarity(estimate))
         return centre - reach * error, centre + reach * error
-
-
-class Stable:
-    """Whether a decision has come out the same ``patience`` times in a row.
-
-    For stopping early: ``if stable.update(decision(gram)): break``.
-    """
-
-    def __init__(self, patience: int = 3) -> None:
-        self.patience = patience
-        self._last: Hashable = object()
-        self._run = 0
-
-    def update(self, decision: Hashable) -> bool:
-        self._run = self._run + 1 if decision == self._last else 1
-        self._last = decision
-        return self._run >= self.patience
 
 
 def inner_products(rows: Sequence[Kept | None], new: Sequence[Kept | None]) -> Tensor:

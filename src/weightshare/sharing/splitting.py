@@ -99,6 +99,23 @@ def split(
     return Split(named, best.gain, low, high, upper, advised, reason, best)
 
 
+class Stable:
+    """Whether a decision has come out the same ``patience`` times in a row.
+
+    For stopping early: ``if stable.update(decision(gram)): break``.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience = patience
+        self._last: Hashable = object()
+        self._run = 0
+
+    def update(self, decision: Hashable) -> bool:
+        self._run = self._run + 1 if decision == self._last else 1
+        self._last = decision
+        return self._run >= self.patience
+
+
 def unit_gram(gram: Gram) -> Gram:
     """The users whose mean gradient is above its noise, divided by its norm.
 
