@@ -70,7 +70,7 @@ def test_a_potential_is_trained_saved_and_used_by_ase(molecules, tmp_path):
     facts = json.loads((out / "summary.json").read_text())
     assert facts["test"]["energy_mae_mev"] > 0 and facts["test"]["force_mae_mev_a"] > 0
     assert facts["data"] == {"train": 17, "valid": 1, "test": 2}
-    assert facts["rotation_spread"]["energy_mev"] > 0
+    assert facts["rotation_spread"]["energy_mev"] > 0 and facts["equivariance_error"] > 0
     from ase import Atoms
 
     from weightshare.equivariant import PonitaCalculator

@@ -79,6 +79,32 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
         read_structures(tmp_path / "nan.npz", "kJ")
 
 
+def test_splits_keep_the_order_and_refuse_strangers():
+    from weightshare.equivariant.frames import FrameBatches, Frames, split_frames
+    from weightshare.equivariant.structures import Structure
+    from weightshare.training import EpochBatches
+
+    frames = [
+        Structure(np.array([6, 1]), np.eye(3)[:2] * (k + 1), float(k), np.zeros((2, 3)))
+        for k in range(20)
+    ]
+    parts = split_frames(frames)
+    assert [f.energy for f in parts["train"]] == list(range(17))
+    assert [f.energy for f in parts["valid"]] == [17] and parts["test"][-1].energy == 19
+    stranger = Structure(np.array([8, 1]), np.eye(3)[:2], 0.0, np.zeros((2, 3)))
+    with pytest.raises(UserError, match=r"species \[8\]"):
+        split_frames(frames, [stranger])
+    with pytest.raises(UserError, match="no energy"):
+        split_frames([*frames, Structure(np.array([6]), np.zeros((1, 3)))])
+    with pytest.raises(UserError, match="too few"):
+        split_frames(frames, train=20)
+    for cutoff in (None, 9.0):
+        batches = FrameBatches(Frames(frames, cutoff), EpochBatches(torch.arange(20), 4))
+        seen = torch.cat([batches[step]["energy"] for step in range(5)])
+        assert sorted(seen.tolist()) == list(range(20))
+        assert ("edges" in batches[0]) == (cutoff is not None)
+
+
 REAL = {
     "ethanol_ccsdt_1000": (1000, 9), "rmd17/aspirin_train_01": (1000, 21),
     "atoms/3bpa/train_300K.xyz.gz": (500, 27), "atoms/acac/test_MD_300K.xyz.gz": (650, 15),

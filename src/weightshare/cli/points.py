@@ -6,10 +6,7 @@ from typing import TYPE_CHECKING, Any
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from weightshare.equivariant.config import PointsConfig
-    from weightshare.equivariant.structures import Structure
 
 CONFIG = "weightshare.equivariant.config:PointsConfig"
 EXTRA = "equivariant"
@@ -135,12 +132,27 @@ def atoms(config: "PointsConfig") -> None:
     import torch
 
     from weightshare.cli.console import device_of, say, show_table
-    from weightshare.equivariant import PonitaPotential, PotentialTask, figures, measure
+    from weightshare.data import locate
+    from weightshare.equivariant import (
+        PonitaPotential,
+        PotentialTask,
+        figures,
+        measure,
+        read_structures,
+    )
+    from weightshare.equivariant.frames import Frames, scores, split_frames
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
 
     device = device_of(config.device)
-    frames = split(config)
+    tests = None if config.test is None else read_structures(locate(config.test), config.unit)
+    frames = split_frames(
+        read_structures(locate(config.data), config.unit),
+        tests,
+        config.train_size,
+        config.valid_size,
+        config.test_size,
+    )
     periodic = any(frame.cell is not None for part in frames.values() for frame in part)
     if periodic and not config.cutoff:
         raise UserError(f"{config.data} holds periodic structures; give --cutoff in angstrom.")
@@ -187,7 +199,9 @@ def atoms(config: "PointsConfig") -> None:
 
         # 2. Test, plain and averaged over rotations; the fitted references are the baseline.
         checked = loaders["test"].batch(range(min(len(loaders["test"]), CHECKED)), device)
-        off = (checked["energy"] - potential_shift(potential, checked)).cpu()
+        off = checked["energy"] - potential.reference_energy(
+            checked["numbers"], checked.get("batch"), len(checked["energy"])
+        )
         rows: list[dict[str, Any]] = [
             {
                 "method": "element energies, zero force",
@@ -208,11 +222,12 @@ def atoms(config: "PointsConfig") -> None:
             )
             potential.network = plain
         said = task.predict(checked)
+        size = 1000 * float(said.forces.square().mean().sqrt())
         run.summary(
             parameters=sum(p.numel() for p in task.parameters()),
             test={k: v for k, v in rows[1].items() if k != "method"},
             baselines={k: v for k, v in rows[0].items() if k != "method"},
-            equivariance_error=spread["energy_mev"] / max(1000 * float(off.std()), 1e-9),
+            equivariance_error=spread["force_mev_a"] / size if size else 0.0,
             rotation_spread=spread,
             seconds={"train": seconds},
         )  # fmt: skip
@@ -254,51 +269,6 @@ def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         for row in rows
     ]
-
-
-class Frames:
-    """Structures as batches: molecules of one size stacked, others one after another."""
-
-    def __init__(self, frames: "list[Structure]", cutoff: float | None) -> None:
-        from weightshare.equivariant.structures import stack_molecules
-
-        self.frames, self.cutoff = frames, cutoff
-        sizes = {len(frame) for frame in frames}
-        self.dense = len(sizes) == 1 and cutoff is None
-        self.stacked = stack_molecules(frames) if self.dense else {}
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def batch(self, rows: Any, device: Any = "cpu") -> dict[str, Any]:
-        """Some structures as tensors."""
-        from weightshare.equivariant.structures import collate
-
-        chosen = list(rows)
-        if self.dense:
-            found = {name: tensor[chosen] for name, tensor in self.stacked.items()}
-        else:
-            found = collate([self.frames[row] for row in chosen], self.cutoff)
-        return {name: tensor.to(device) for name, tensor in found.items()}
-
-
-def scores(task: Any, frames: Frames, size: int = 50) -> dict[str, float]:
-    """Mean absolute errors over all frames, meV, meV/Å (and eV/Å³ in thousandths for stress)."""
-    from weightshare.training import held_out
-
-    parts = (range(low, min(low + size, len(frames))) for low in range(0, len(frames), size))
-    found = held_out(task, (frames.batch(part) for part in parts))
-    return {name: value for name, value in found.items() if "mae" in name}
-
-
-def potential_shift(potential: Any, batch: dict[str, Any]) -> Any:
-    """The sum of element energies of every structure."""
-    import torch
-
-    each = (batch["numbers"].unsqueeze(-1) == potential.species).double() @ potential.references
-    if "batch" not in batch:
-        return each.sum(-1)
-    return torch.zeros_like(batch["energy"]).index_add(0, batch["batch"], each)
 
 
 def sizes(config: "PointsConfig") -> dict[str, int]:
@@ -347,6 +317,7 @@ def train(
 
     from weightshare.equivariant import RotatedUpdate
     from weightshare.equivariant.config import WARMUP_EPOCHS
+    from weightshare.equivariant.frames import FrameBatches, Frames
     from weightshare.training import (
         Captured,
         EpochBatches,
@@ -361,7 +332,7 @@ def train(
     size = config.size("batch_size")
     batches: Any = EpochBatches(torch.arange(count) if frames else data, size, config.seed)
     if frames:
-        batches = _FrameBatches(data, batches)
+        batches = FrameBatches(data, batches)
     steps = max(config.size("epochs") * count // size, 1)
     warmup = min(WARMUP_EPOCHS[config.preset] / config.size("epochs"), 0.1)
     loop_config = LoopConfig(
@@ -380,95 +351,27 @@ def train(
     return Loop(update, batches, loop_config, run, evaluate=evaluate).fit().seconds
 
 
-class _FrameBatches:
-    """Batches of structures, drawn as ``EpochBatches`` draws rows."""
-
-    def __init__(self, frames: Frames, rows: Any) -> None:
-        self.frames, self.rows = frames, rows
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        return self.frames.batch(self.rows[step].tolist())
-
-
 def trajectories(run: Any, counts: tuple[int, int, int]) -> dict[str, Any]:
-    """Training, validation and test trajectories of the published stream."""
-    import numpy as np
+    """The sets of ``nbody.training_sets``, made once a run."""
     import torch
 
     from weightshare.cli.console import say
-    from weightshare.data import locate
-    from weightshare.equivariant.nbody import PUBLISHED, NBody, make_sets
+    from weightshare.equivariant.nbody import NBody, training_sets
     from weightshare.report import TENSORS
 
-    names = ("charges", "start", "velocity", "target")
-
-    def found() -> "dict[str, np.ndarray] | None":
-        try:
-            path = locate("nbody_small_7000")
-        except UserError:
-            return None
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+    names, parts = ("charges", "start", "velocity", "target"), ("train", "valid", "test")
 
     def compute() -> dict[str, torch.Tensor]:
-        kept = found()
-        parts = ("train", "valid", "test")
-        if kept is not None and all(
-            count <= len(kept[f"{part}_idx"]) for part, count in zip(parts, counts, strict=True)
-        ):
-            rows = [kept[f"{part}_idx"][:count] for part, count in zip(parts, counts, strict=True)]
-            whole = NBody(kept["charges"], kept["loc30"], kept["vel30"], kept["loc40"])
-            sets = [whole.take(index) for index in rows]
-        else:
-            say(f"simulating {sum(counts)} trajectories")
-            starts = (0, PUBLISHED[0], PUBLISHED[0] + PUBLISHED[1])
-            sets = make_sets(list(zip(starts, counts, strict=True)))
+        say(f"{sum(counts)} trajectories: read, or simulated where the published ones are not here")
+        sets = training_sets(counts)
         return {
-            f"{part}.{name}": torch.from_numpy(getattr(data, name)).float()
-            for part, data in zip(parts, sets, strict=True)
+            f"{part}.{name}": torch.from_numpy(getattr(sets[part], name)).float()
+            for part in parts
             for name in names
         }
 
     tensors = run.stage("trajectories", compute, TENSORS)
-    return {
-        part: NBody(*(tensors[f"{part}.{name}"].numpy() for name in names))
-        for part in ("train", "valid", "test")
-    }
-
-
-def split(config: "PointsConfig") -> "dict[str, list[Structure]]":
-    """Structures to train on, to watch, to test on: first, then, last in the file, because
-    neighbours in a time series are nearly the same."""
-    from weightshare.data import locate
-    from weightshare.equivariant.structures import read_structures
-
-    frames = read_structures(locate(config.data), config.unit)
-    for number, frame in enumerate(frames):
-        if frame.energy is None or frame.forces is None:
-            raise UserError(f"Frame {number} of {config.data} has no energy or no forces.")
-    tests = None if config.test is None else read_structures(locate(config.test), config.unit)
-    if tests is not None:
-        known = {z for f in frames for z in f.numbers.tolist()}
-        strangers = {z for f in tests for z in f.numbers.tolist()} - known
-        if strangers:
-            raise UserError(
-                f"{config.test} holds the species {sorted(strangers)}, which {config.data} has "
-                "never seen; test on species that are trained on."
-            )
-    n = len(frames)
-    test = 0 if tests is not None else config.test_size or max(n // 10, 1)
-    valid = config.valid_size or max(n // 20, 1)
-    train = config.train_size or n - test - valid
-    if train < 1 or train + valid + test > n:
-        raise UserError(
-            f"{config.data} has {n} structures, too few for {train} to train, {valid} to watch and "
-            f"{test} to test on; give smaller --train-size, --valid-size, --test-size."
-        )
-    return {
-        "train": frames[:train],
-        "valid": frames[train : train + valid],
-        "test": tests[: config.test_size or None] if tests is not None else frames[n - test :],
-    }
+    return {part: NBody(*(tensors[f"{part}.{name}"].numpy() for name in names)) for part in parts}
 
 
 def save(run: Any, model: Any) -> None:

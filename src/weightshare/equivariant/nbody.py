@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from weightshare.data import locate
+from weightshare.errors import UserError
+
 STEP = 1e-3
 """Time step of the simulation."""
 BOX, FASTEST_FORCE, SPEED = 5.0, 100.0, 0.5
@@ -143,6 +146,25 @@ def make_sets(
     whole = NBody(charges, start, velocity, target, STEP * EVERY * (frames[1] - frames[0]))
     ends = np.cumsum([count for _, count in parts]).tolist()
     return [whole.take(slice(e - n, e)) for e, (_, n) in zip(ends, parts, strict=True)]
+
+
+def training_sets(counts: tuple[int, int, int]) -> dict[str, NBody]:
+    """So many training, validation and test trajectories of the published sets.
+
+    They are read from ``nbody_small_7000`` where ``data.locate`` finds it, else simulated.
+    """
+    parts = ("train", "valid", "test")
+    try:
+        with np.load(locate("nbody_small_7000"), allow_pickle=False) as file:
+            kept = {name: file[name] for name in file.files}
+        enough = all(n <= len(kept[f"{p}_idx"]) for p, n in zip(parts, counts, strict=True))
+    except UserError:
+        enough = False
+    if enough:
+        whole = NBody(kept["charges"], kept["loc30"], kept["vel30"], kept["loc40"])
+        return {p: whole.take(kept[f"{p}_idx"][:n]) for p, n in zip(parts, counts, strict=True)}
+    starts = (0, PUBLISHED[0], PUBLISHED[0] + PUBLISHED[1])
+    return dict(zip(parts, make_sets(list(zip(starts, counts, strict=True))), strict=True))
 
 
 def constant_velocity(train: NBody, test: NBody) -> float:

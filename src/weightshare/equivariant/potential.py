@@ -232,6 +232,16 @@ class PonitaPotential(nn.Module):
         fit = torch.linalg.lstsq(counts, energies.double().cpu()[:, None], driver="gelsd")
         self.references.copy_(fit.solution[:, 0])
 
+    def reference_energy(
+        self, numbers: Tensor, batch: Tensor | None = None, graphs: int | None = None
+    ) -> Tensor:
+        """Sum of the species' energies in eV, (graphs,): the energy of an untrained potential."""
+        each = (numbers.unsqueeze(-1) == self.species).double() @ self.references
+        if batch is None:
+            return each.sum(-1)
+        graphs = int(batch.max()) + 1 if graphs is None else graphs
+        return each.new_zeros(graphs).index_add(0, batch, each)
+
     def compositions(self, numbers: Tensor) -> Tensor:
         """Atoms of each species, (..., atoms) -> (..., species)."""
         return (numbers.unsqueeze(-1) == self.species).sum(-2)

@@ -1,0 +1,94 @@
+"""Sets of structures as training data: splits, batches, errors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from weightshare.equivariant.structures import Structure, collate, stack_molecules
+from weightshare.errors import UserError
+from weightshare.training import EpochBatches, held_out
+
+
+def split_frames(
+    frames: Sequence[Structure],
+    tests: Sequence[Structure] | None = None,
+    train: int = 0,
+    valid: int = 0,
+    test: int = 0,
+) -> dict[str, list[Structure]]:
+    """Structures to train on, to watch, to test on: first, then, last in the file, because
+    neighbours in a time series are nearly the same.
+
+    Args:
+        tests: structures of another file to test on.
+        train, valid, test: how many; 0 for all that are left, a twentieth, a tenth.
+
+    Raises:
+        UserError: there are too few, a frame lacks energy or forces, or a test structure holds a
+            species that is not trained on.
+    """
+    for number, frame in enumerate([*frames, *(tests or ())]):
+        if frame.energy is None or frame.forces is None:
+            raise UserError(
+                f"Frame {number} has no energy or no forces; leave it out, or give both."
+            )
+    known = {z for f in frames for z in f.numbers.tolist()}
+    if strangers := {z for f in tests or () for z in f.numbers.tolist()} - known:
+        raise UserError(
+            f"The test file holds the species {sorted(strangers)}, which are not trained on; test "
+            "on species that are."
+        )
+    n = len(frames)
+    held = 0 if tests is not None else test or max(n // 10, 1)
+    valid = valid or max(n // 20, 1)
+    train = train or n - held - valid
+    if train < 1 or train + valid + held > n:
+        raise UserError(
+            f"There are {n} structures, too few for {train} to train, {valid} to watch and {held} "
+            "to test on; ask for fewer."
+        )
+    return {
+        "train": list(frames[:train]),
+        "valid": list(frames[train : train + valid]),
+        "test": list(frames[n - held :] if tests is None else tests[: test or None]),
+    }
+
+
+class Frames:
+    """Structures as batches: molecules of one size stacked, others one after another."""
+
+    def __init__(self, frames: list[Structure], cutoff: float | None) -> None:
+        self.frames, self.cutoff = frames, cutoff
+        sizes = {len(frame) for frame in frames}
+        self.dense = len(sizes) == 1 and cutoff is None
+        self.stacked = stack_molecules(frames) if self.dense else {}
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def batch(self, rows: Any, device: Any = "cpu") -> dict[str, Any]:
+        """Some structures as tensors."""
+        chosen = list(rows)
+        if self.dense:
+            found = {name: tensor[chosen] for name, tensor in self.stacked.items()}
+        else:
+            found = collate([self.frames[row] for row in chosen], self.cutoff)
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+class FrameBatches:
+    """Batches of structures, drawn as ``EpochBatches`` draws rows."""
+
+    def __init__(self, frames: Frames, rows: EpochBatches) -> None:
+        self.frames, self.rows = frames, rows
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return self.frames.batch(self.rows.indices(step).tolist())
+
+
+def scores(task: nn.Module, frames: Frames, size: int = 50) -> dict[str, float]:
+    """Mean absolute errors over all frames, meV, meV/Å (and eV/Å³ in thousandths for stress)."""
+    parts = (range(low, min(low + size, len(frames))) for low in range(0, len(frames), size))
+    found = held_out(task, (frames.batch(part) for part in parts))
+    return {name: value for name, value in found.items() if "mae" in name}
