@@ -17,7 +17,8 @@ realised gain, with the rank correlation over all of them.
 
     python benchmarks/audit/unsharing.py [--quick] [--moment folded|cured] [--device cuda --jobs 9]
 
-Models and texts are taken from WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA.
+Models and texts are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA; without them ``--quick``
+takes the model and the text that ship.
 """
 
 import argparse
@@ -72,7 +73,10 @@ def main() -> None:
     steps = QUICK if options.quick else STEPS
     seeds = [0] if options.quick else [0, 1, 2]
     settings = {"steps": steps, "seeds": seeds, "budget": options.budget, "moment": options.moment}
-    cases = CASES[: 1 if options.quick else options.cases]
+    cases = CASES[: options.cases]
+    if options.quick:
+        known = {"WEIGHTSHARE_MODELS", "WEIGHTSHARE_DATA"} <= os.environ.keys()
+        cases = CASES[:1] if known else [("tiny", "pystdlib", ((3, 4),))]
     jobs = [(*case, seed, steps, options) for seed in seeds for case in cases]
     results, began = [], time.monotonic()
     folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
@@ -100,8 +104,8 @@ def one(name, text, groups, seed, steps, options):
     """One model, fold and seed."""
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    source = load_model(Path(os.environ["WEIGHTSHARE_MODELS"]) / name, device=device)
-    documents = read_documents(Path(os.environ["WEIGHTSHARE_DATA"]) / text)
+    source = load_model(name, device=device)
+    documents = read_documents(text)
     cut = len(documents) * 4 // 5
     few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 16)
     ranks = (8,) if options.quick else RANKS
