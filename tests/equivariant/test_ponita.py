@@ -177,6 +177,22 @@ def test_dense_and_segment_paths_give_equal_numbers_and_gradients(kind, recomput
         assert close(slope, slopes[0])
 
 
+@pytest.mark.parametrize("kind", ["positions", "circle, complete", "circle, full", "rotations"])
+@pytest.mark.parametrize("cutoff", [None, 2.5])
+def test_second_derivatives_are_right_in_every_space(kind, cutoff):
+    options = KINDS[kind] | {"layers": 1, "hidden": 3, "basis": 3, "window_cutoff": cutoff}
+    model = network(**options)
+    x, s, v = cloud(2, options.get("dim", 3))
+    v = None if kind == "positions" else v
+    x = x.requires_grad_()
+
+    def scalars(x):
+        return model(x, s, v, edges="full").scalars[0, 0]
+
+    assert torch.autograd.gradcheck(scalars, (x,))
+    assert torch.autograd.gradgradcheck(scalars, (x,))
+
+
 def test_padding_may_hold_anything():
     model, x, s, v = setup("sphere")
     alone = model(x[None], s[None], v[None])

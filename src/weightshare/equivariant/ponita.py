@@ -72,7 +72,8 @@ class Ponita(nn.Module):
         vector_scale: factor on vectors read out (d undoes the mean of o oᵀ).
         length: unit of length of the invariants.
         recompute: do not keep the basis between layers and passes: less memory, more time.
-        random_grid: turn the grid at random in every forward pass (Monte-Carlo symmetrisation).
+        random_grid: turn the grid at random in every forward pass (Monte-Carlo symmetrisation);
+            drawn on the CPU, so a captured update would repeat one draw.
     """
 
     grid: Tensor | None

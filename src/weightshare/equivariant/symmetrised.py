@@ -12,9 +12,9 @@ from weightshare.equivariant.grids import spread_rotations
 class Symmetrised(nn.Module):
     r"""``network`` averaged over a fixed set of rotations: :math:`\frac1K\sum_k R_k^{-1} f(R_k x)`.
 
-    Over a group that holds the rotations which permute the grid nothing changes; over others the
-    equivariance error falls. The mean of energies is again an energy: put it in the place of a
-    potential's network, and forces remain its exact derivative.
+    Over rotations that permute the grid nothing changes; over others the equivariance error falls.
+    The mean of energies is again an energy: put it in the place of a potential's network, and
+    forces remain its exact derivative.
 
     Args:
         network: a ``Ponita`` or another module with its arguments and results.
