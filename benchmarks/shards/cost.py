@@ -138,12 +138,12 @@ def rounds(
     for turn in range(count + 1):
         for name, model in models.items():
             wait(device)
-            begun = time.perf_counter()
+            begun = clock(device)
             for _ in range(inner):
                 step(model, ids)
             wait(device)
             if turn:
-                times[name].append((time.perf_counter() - begun) / inner)
+                times[name].append((clock(device) - begun) / inner)
     return times
 
 
@@ -200,6 +200,11 @@ def growth(
         seconds[blocks] = statistics.median(rounds({"x": model}, ids, 5, device)["x"])
     few, many = seconds.values()
     return {"milliseconds": many * 1e3, "ratio": many / few}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds; on a CPU those of this process, which other work on the machine does not stretch."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def wait(device: torch.device) -> None:

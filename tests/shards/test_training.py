@@ -42,6 +42,25 @@ def test_activation_checkpointing(reentrant, options):
     same(found, gradients(adapted(**options), x))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_takes_what_the_step_has_gathered(reentrant, monkeypatch):
+    import weightshare.shards.store as store
+
+    calls = []
+    original = store.gather_one
+    monkeypatch.setattr(store, "gather_one", lambda *a: calls.append(1) or original(*a))
+    model = adapted()
+    gradients(
+        model,
+        tokens(),
+        lambda m: (
+            m.enable_input_require_grads(),
+            m.gradient_checkpointing_enable({"use_reentrant": reentrant}),
+        ),
+    )
+    assert len(calls) == (2 * len(layers(model)) if reentrant else 0)
+
+
 def test_accumulation_over_parts():
     x = tokens(4)
     same(gradients(adapted(), x, steps=2), gradients(adapted(), x))
@@ -90,6 +109,9 @@ def test_one_gather_a_pool_and_step(monkeypatch):
     model = adapted()
     model(x, labels=x).loss.backward()
     assert calls == {"all": 14, "one": 0}
+    with torch.no_grad():
+        for pool in pools(model).values():
+            pool.mul_(1)
     model.base_model.model(x)
     assert calls["one"] == 2 * len(layers(model))
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weightshare.shards.gather import Table, gather_all, gather_one
 
-Rows = tuple[tuple[Tensor, ...], int]
-"""Shards of every module of a pool, and the pool's version they were gathered from."""
+Rows = dict[tuple[str, str], tuple[tuple[Tensor, ...], int]]
+"""By adapter and pool: shards of every module, and the pool's version they were gathered from."""
 
 
 class PoolStore:
@@ -19,12 +20,23 @@ class PoolStore:
     them too would be saved, counted and cast once more. Layers hold this object instead, which is
     no module. Inside ``gathered`` the shards of all modules are at hand; outside, a module gathers
     its own.
+
+    What was gathered for training is kept until the next time, for activation checkpointing: it
+    recomputes the modules when the forward pass is long over. Not for its reentrant kind, which
+    runs a backward pass of its own for each part and would walk through the common gather each
+    time.
     """
 
     def __init__(self, pools: nn.ModuleDict) -> None:
         self.pools = pools
         self.tables: dict[str, dict[str, Table]] = {}
-        self._rows: dict[tuple[str, str], Rows] | None = None
+        self._rows: Rows | None = None
+        self._kept: Rows = {}
+        self._reentrant = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Intermediate results can be neither copied nor pickled.
+        return self.__dict__ | {"_rows": None, "_kept": {}}
 
     def pool(self, adapter: str, key: str) -> Tensor:
         """One pool, (rows, width)."""
@@ -32,6 +44,7 @@ class PoolStore:
 
     def forget(self, adapter: str | None = None) -> None:
         """Build the tables again at their next use."""
+        self._kept = {}
         for name, tables in self.tables.items():
             if adapter in (None, name):
                 for table in tables.values():
@@ -40,6 +53,7 @@ class PoolStore:
     def remove(self, adapter: str) -> None:
         """Drop an adapter's pools and tables."""
         self.tables.pop(adapter, None)
+        self._kept = {}
         if adapter in self.pools:
             del self.pools[adapter]
 
@@ -49,7 +63,8 @@ class PoolStore:
         if self._rows is not None:
             yield
             return
-        rows: dict[tuple[str, str], Rows] = {}
+        self._kept, self._reentrant = {}, False
+        rows: Rows = {}
         for adapter in adapters:
             for key, table in self.tables.get(adapter, {}).items():
                 pool = self.pool(adapter, key)
@@ -60,17 +75,21 @@ class PoolStore:
             yield
         finally:
             self._rows = None
+            if torch.is_grad_enabled() and not self._reentrant:
+                self._kept = rows
 
     def rows(
         self, adapter: str, key: str, member: int, index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The shards of one module, (r * l, width) in ``dtype``."""
         pool = self.pool(adapter, key)
-        if self._rows is not None and (adapter, key) in self._rows:
-            parts, version = self._rows[adapter, key]
-            part = parts[member]
+        rows = self._kept if self._rows is None else self._rows
+        if (adapter, key) in rows:
+            parts, version = rows[adapter, key]
+            part, differentiable = parts[member], torch.is_grad_enabled()
+            self._reentrant |= part.requires_grad and not differentiable
             # Gathered before the pool changed, in another type, or without a gradient: no use.
-            usable = part.requires_grad or not (pool.requires_grad and torch.is_grad_enabled())
+            usable = part.requires_grad or not (pool.requires_grad and differentiable)
             if version == pool._version and part.dtype == dtype and usable:
                 return part
         table = self.tables[adapter][key]
