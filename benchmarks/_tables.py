@@ -6,8 +6,8 @@ A page marks a place, and what stands between the marks is replaced:
     <!-- end -->
 
 The words are a results file, the object in it whose entries become rows, and the figures that
-become columns (all of the first row where none is named). ``--check`` changes nothing and fails if a page
-is out of date.
+become columns (all of the first row where none is named). ``--check`` changes nothing and fails
+if a page is out of date.
 """
 
 import json

@@ -10,6 +10,7 @@ from weightshare.errors import UserError
 from weightshare.folding import BlockSizes, FoldPlan, fold, plan
 from weightshare.folding.blocks import BlockLosses
 from weightshare.folding.families import block_sizes
+from weightshare.folding.gradients import gradient_distances
 from weightshare.folding.planner import budget, replacement_costs
 from weightshare.folding.plans import count_removed, merge_adjacent
 
@@ -147,3 +148,38 @@ def test_distances_find_the_pair_that_is_equal():
     assert made.shared_groups == ((2, 3),)
     every = plan(model, share=2, grouping="distance", losses=losses)
     assert (2, 3) in every.groups and every.unique_blocks == 3
+
+
+def test_gradients_of_equal_blocks_in_a_row_agree_most():
+    """Twins whose second does nothing to what the first reads: equal inputs, equal gradients."""
+    model = make("llama", blocks=5)
+    with torch.no_grad():
+        for name, parameter in model.model.layers[2].named_parameters():
+            model.model.layers[3].get_parameter(name).copy_(parameter)
+        for block in (2, 3):
+            model.model.layers[block].self_attn.o_proj.weight.mul_(1e-3)
+            model.model.layers[block].mlp.down_proj.weight.mul_(1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.requires_grad_(False)
+    losses = BlockLosses(model, tokens(8))
+    distance = gradient_distances(losses, range(5))
+    assert torch.allclose(distance, distance.T)
+    pairs = {(i, i + 1): float(distance[i, i + 1]) for i in range(4)}
+    assert min(pairs, key=pairs.__getitem__) == (2, 3)
+    made = plan(
+        model,
+        target_params=block_sizes(model).total() - 100,
+        grouping="agreement",
+        losses=losses,
+    )
+    assert made.shared_groups == ((2, 3),)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_groupings_that_cannot_be_are_refused():
+    model = make("llama", blocks=5)
+    with pytest.raises(UserError, match="not known"):
+        plan(model, share=2, grouping="alphabetical")
+    with pytest.raises(UserError, match="needs calibration"):
+        plan(model, share=2, grouping="agreement")

@@ -108,8 +108,8 @@ class FoldConfig:
         ranking: how the blocks to remove are chosen.
         refine: swaps exchanges removed and kept blocks while the calibration loss falls.
         representative: whose weights stand for a group.
-        grouping: share neighbours (adjacent), or the neighbours that replace each other best
-            (distance).
+        grouping: share neighbours in order (adjacent), the neighbours that replace each other best
+            (distance), or those whose gradients agree most (agreement).
         protect: blocks that must neither be removed nor shared, as 0,11.
         calibration_sequences: sequences the ranking looks at.
         sequence_length: tokens per sequence, 0 for the model's own limit, at most 512.
@@ -135,7 +135,7 @@ class FoldConfig:
     ranking: RankingName = "greedy"
     refine: Literal["none", "swaps"] = "none"
     representative: Literal["first", "last", "best", "mean", "whitened"] = "first"
-    grouping: Literal["adjacent", "distance"] = "adjacent"
+    grouping: Literal["adjacent", "distance", "agreement"] = "adjacent"
     protect: str = ""
     calibration_sequences: int = 32
     sequence_length: int = 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from weightshare.errors import UserError
 from weightshare.folding.blocks import Batch, BlockLosses
 from weightshare.folding.families import block_sizes, check_family
+from weightshare.folding.gradients import gradient_distances
 from weightshare.folding.plans import (
     BlockSizes,
     FoldPlan,
@@ -21,6 +22,8 @@ from weightshare.folding.plans import (
 )
 from weightshare.folding.rankings import Ranking
 from weightshare.sharing import contiguous
+
+GROUPINGS = ("adjacent", "distance", "agreement")
 
 FAR = 1e6
 """Distance, in nats, of blocks that are never to share: more than any loss."""
@@ -110,10 +113,11 @@ def plan(
         target_params: unique parameters to reach (see ``budget``).
         protect: blocks that are neither removed nor shared.
         grouping: ``adjacent`` cuts the remaining blocks in order; ``distance`` finds the contiguous
-            partition whose members replace each other at the least loss, exactly.
+            partition whose members replace each other at the least loss, exactly; ``agreement``
+            the one whose members' gradients agree most.
         representative: see ``FoldPlan``.
         private: see ``FoldPlan``.
-        losses: calibration losses, needed by ``grouping="distance"``.
+        losses: calibration losses, needed by every ``grouping`` but ``adjacent``.
 
     Raises:
         UserError: the request cannot be met.
@@ -131,14 +135,17 @@ def plan(
     remaining = [block for block in range(sizes.blocks) if block not in removed]
     groups: list[list[int]] = []
     if wanted.merges is None or wanted.merges > 0:
-        if grouping == "distance":
-            if losses is None:
-                raise UserError("grouping='distance' needs calibration losses; pass losses.")
+        if grouping not in GROUPINGS:
+            raise UserError(
+                f"The grouping {grouping!r} is not known; use one of {', '.join(GROUPINGS)}."
+            )
+        if grouping != "adjacent" and losses is None:
+            raise UserError(f"grouping={grouping!r} needs calibration losses; pass losses.")
+        distance = None
+        if losses is not None and grouping == "distance":
             distance = replacement_costs(losses, remaining, wanted.share, representative)
-        elif grouping == "adjacent":
-            distance = None
-        else:
-            raise UserError(f"The grouping {grouping!r} is not known; use adjacent or distance.")
+        if losses is not None and grouping == "agreement":
+            distance = gradient_distances(losses, remaining, private)
         groups = _groups(remaining, wanted, set(protect), distance)
     shared = tuple(tuple(group) for group in groups if len(group) > 1)
     return FoldPlan(sizes.blocks, tuple(removed), shared, representative, private=tuple(private))
