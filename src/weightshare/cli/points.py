@@ -362,8 +362,11 @@ def trajectories(run: Any, counts: tuple[int, int, int]) -> dict[str, Any]:
     names, parts = ("charges", "start", "velocity", "target"), ("train", "valid", "test")
 
     def compute() -> dict[str, torch.Tensor]:
-        say(f"{sum(counts)} trajectories: read, or simulated where the published ones are not here")
-        sets = training_sets(counts)
+        def tell(step: int, last: int) -> None:
+            if step % 1000 == 0:
+                say(f"simulating {sum(counts)} trajectories: step {step} of {last}")
+
+        sets = training_sets(counts, tell)
         return {
             f"{part}.{name}": torch.from_numpy(getattr(sets[part], name)).float()
             for part in parts

@@ -148,7 +148,9 @@ def make_sets(
     return [whole.take(slice(e - n, e)) for e, (_, n) in zip(ends, parts, strict=True)]
 
 
-def training_sets(counts: tuple[int, int, int]) -> dict[str, NBody]:
+def training_sets(
+    counts: tuple[int, int, int], progress: Callable[[int, int], None] | None = None
+) -> dict[str, NBody]:
     """So many training, validation and test trajectories of the published sets.
 
     They are read from ``nbody_small_7000`` where ``data.locate`` finds it, else simulated.
@@ -164,7 +166,11 @@ def training_sets(counts: tuple[int, int, int]) -> dict[str, NBody]:
         whole = NBody(kept["charges"], kept["loc30"], kept["vel30"], kept["loc40"])
         return {p: whole.take(kept[f"{p}_idx"][:n]) for p, n in zip(parts, counts, strict=True)}
     starts = (0, PUBLISHED[0], PUBLISHED[0] + PUBLISHED[1])
-    return dict(zip(parts, make_sets(list(zip(starts, counts, strict=True))), strict=True))
+    return dict(
+        zip(
+            parts, make_sets(list(zip(starts, counts, strict=True)), progress=progress), strict=True
+        )
+    )
 
 
 def constant_velocity(train: NBody, test: NBody) -> float:
