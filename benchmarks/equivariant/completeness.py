@@ -102,18 +102,19 @@ def accuracy(task: str, options: dict, seed: int, steps: int) -> dict[str, float
         "accuracy": float(right.mean()),
         "standard_error": float(right.std() / len(right) ** 0.5),
         "parameters": sum(p.numel() for p in network.parameters()),
+        "steps": steps,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     table = Table("equivariant_completeness", __doc__, parser)
     steps = 60 if table.quick else table.options.steps
     for task in ("tetrahedra", "turns", "free tetrahedra"):
         for name, options in NETWORKS[task].items():
             table.row(f"{task}: {name}", lambda t=task, o=options: accuracy(t, o, 0, steps))
-    table.show(["accuracy", "standard_error", "parameters", "seconds"])
+    table.show(["accuracy", "standard_error", "parameters", "steps", "seconds"])
 
 
 if __name__ == "__main__":
