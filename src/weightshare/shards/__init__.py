@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "model": ["MosModel"],
         "layer": ["MosLayer", "MosLinear"],
         "conversion": ["from_lora", "to_lora"],
-        "hotswap": ["hotswap"],
+        "swapping": ["hotswap"],
         "planning": ["Pool", "Target", "parameter_count", "plan_pools"],
         "indices": ["SplitMix64", "draw"],
         "methods": ["adapter_config"],
