@@ -12,7 +12,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "sharing": [],
+        "audit": [],
         "folding": [],
+        "shards": [],
+        "equivariant": [],
+        "federated": [],
         "language": [],
         "training": [],
         "data": [],

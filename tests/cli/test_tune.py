@@ -177,3 +177,20 @@ def test_what_cannot_be_is_said_in_one_sentence(
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("weightshare:")]
     assert len(lines) == 1 and said in lines[0], lines
     assert torch.is_grad_enabled()
+
+
+def test_a_shard_adapter_leaves_as_a_stock_lora_adapter(finished, model_folder, tmp_path, capsys):
+    out, _ = finished
+    assert main(["export", str(out), "--to", "lora", "--out", str(tmp_path / "lora")]) == 0
+    kind = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"]
+    assert kind == "LORA"
+    ids = torch.randint(3, 200, (2, 12))
+    logits = []
+    for folder in (out / "adapter", tmp_path / "lora"):
+        with quiet():
+            base = AutoModelForCausalLM.from_pretrained(model_folder)
+        with torch.no_grad():
+            logits.append(PeftModel.from_pretrained(base, folder).eval()(ids).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    assert main(["export", str(out), "--to", "lora", "--out", str(tmp_path / "lora")]) == 2
+    assert main(["export", str(tmp_path), "--to", "lora", "--out", str(tmp_path / "x")]) == 2

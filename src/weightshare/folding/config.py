@@ -155,12 +155,13 @@ class ExportConfig:
     """Write what a run made in a format for elsewhere.
 
     Args:
-        run: the run directory of a finished fold, or a model folder.
-        to: stock is an ordinary checkpoint of the model's family with every block's weights
-            written out; onnx is a graph from token ids to logits.
-        out: where to write; by default RUN/stock or RUN/model.onnx.
+        run: the run directory of a finished fold or tune, or a folded model's folder.
+        to: of a fold, stock is an ordinary checkpoint of the model's family with every block's
+            weights written out, and onnx a graph from token ids to logits; of a tune, lora is a
+            shard adapter as a stock LoRA adapter, which any PEFT or serving engine loads.
+        out: where to write; by default RUN/stock, RUN/model.onnx or RUN/lora.
     """
 
     run: str
-    to: Literal["stock", "onnx"] = "stock"
+    to: Literal["stock", "onnx", "lora"] = "stock"
     out: str | None = None
