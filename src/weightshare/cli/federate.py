@@ -267,8 +267,9 @@ def progress(rounds: int) -> Any:
             task = bar.add_task("rounds", total=rounds, said="")
 
             def advance(done: int, accuracy: float | None) -> None:
-                said = {} if accuracy is None else {"said": f"accuracy {accuracy:.3f}"}
-                bar.update(task, completed=done, **said)
+                bar.update(task, completed=done)
+                if accuracy is not None:
+                    bar.update(task, said=f"accuracy {accuracy:.3f}")
 
             yield advance
 
