@@ -10,6 +10,9 @@ Columns: accuracy of the honest (mean, in brackets the best), the best adversary
 honest participants removed. A cell of a rule of reputation passes if no honest participant is
 removed, the honest mean is at least 0.05 above training alone, and no adversary ends above the mean
 of training alone.
+
+The setting ``robust`` was chosen on digits with seeds 0 and 1, by these very cells: for it seed 2
+is the first that it had not met. The learning rate was chosen by federated averaging, seed 0.
 """
 
 import argparse
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rules", default=",".join(RULES), help="only these, with commas")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds = 4 if options.quick else 25
@@ -140,7 +144,8 @@ def main() -> None:
         "setting": {"data": options.data, "rounds": rounds, "honest": 10, "root_samples": ROOT},
     }  # fmt: skip
     until = time.monotonic() + 60 * options.minutes
-    jobs = [(seed, *c, rule) for seed in range(seeds) for c in cells for rule in RULES]
+    rules = [rule for rule in RULES if rule in options.rules.split(",")]
+    jobs = [(seed, *c, rule) for seed in range(seeds) for c in cells for rule in rules]
     for seed, attack, count, rule in jobs:
         if time.monotonic() > until:
             print("time is up; the same command goes on where this one stopped")

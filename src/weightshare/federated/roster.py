@@ -17,6 +17,25 @@ def fingerprint(public_key: bytes) -> str:
     return hashlib.sha256(public_key.strip()).hexdigest()
 
 
+def fingerprint_of_file(path: str | Path) -> str:
+    """Fingerprint of a SuperNode's public key file (OpenSSH form, as ``ssh-keygen`` writes it).
+
+    Raises:
+        UserError: the file holds no such key.
+    """
+    from cryptography.hazmat.primitives import serialization as form
+
+    try:
+        key = form.load_ssh_public_key(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no public key ({error}); make one with: "
+            "ssh-keygen -t ecdsa -b 384 -N '' -f node."
+        ) from error
+    # The form in which the SuperLink keeps it.
+    return fingerprint(key.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+
+
 @dataclass(frozen=True)
 class Roster:
     """Fingerprint of each participant's key, by name.
