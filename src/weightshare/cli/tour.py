@@ -236,10 +236,37 @@ def audit_stop(out: Path, short: bool) -> dict[str, Any]:
     }
 
 
+def federate_stop(out: Path, short: bool) -> dict[str, Any]:
+    """Ten honest participants and two that send the opposite of what they have learnt."""
+    from weightshare.cli.federate import run as federate
+    from weightshare.federated.config import FederateConfig
+
+    federate(
+        FederateConfig(
+            data="digits",
+            attack="sign_flip",
+            adversaries=2,
+            rounds=12 if short else 25,
+            out=str(out),
+        )
+    )
+    facts = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    removed = facts["expelled"]
+    return {
+        "shared": "a model between participants",
+        "saved": f"removed {removed['adversaries']} of 2 attackers, {removed['honest']} honest",
+        "cost": f"accuracy {facts['accuracy']['mean']:.3f}, attackers "
+        f"{facts['accuracy']['adversaries']:.3f}",
+        "baseline": f"{facts['alone']['mean']:.3f} trained alone",
+        "paper": "contribution earns the model, attackers are removed (no figure)",
+    }
+
+
 STOPS: dict[str, tuple[str, Callable[[Path, bool], dict[str, Any]]]] = {
     "fold": ("FoldGPT: fold a language model", fold_stop),
     "audit": ("Audit: who disagrees, and is unsharing worth it", audit_stop),
     "tune": ("Mixture of Shards: adapt it with a small adapter", tune_stop),
     "points": ("PONITA: learn where particles go, in any orientation", points_stop),
+    "federate": ("RFFL: contribution earns the model, attackers lose it", federate_stop),
 }
 """Stops in order: name -> (title, function of the run directory and whether the tour is short)."""
