@@ -6,7 +6,7 @@ from math import ceil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from weightshare.federated.rewards import Order, Rewards, entries_for, layer_entries_for
@@ -75,6 +75,9 @@ def test_more_reputation_means_a_better_reward(seed, quotas):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 135_000_000))
+@example(1, 3, 135_000_000)
+@example(29, 100, 100)
+@example(2, 999, 134_999_865)
 def test_rational_quotas_are_worth_exactly_their_entries(a, b, dimension):
     share = Fraction(min(a, b), max(a, b))
     exact = share * dimension

@@ -15,21 +15,23 @@ from numpy.typing import NDArray
 from weightshare.federated.vectors import Vector
 
 Classes = NDArray[np.uint8] | NDArray[np.uint16]
+MARGIN = 1e-12
 SHIFT = 16
 """Magnitudes are first compared by the upper 15 bits of their float32 pattern."""
 
 
 def entries_for(quota: float, dimension: int) -> int:
-    """``k(q) = ⌊round(q, 12)·D + ½·10⁻⁶⌋``: entries that a quota in [0, 1] is worth.
+    """``k(q) = ⌊q·D·(1 + 10⁻¹²)⌋``: entries that a quota in [0, 1] is worth.
 
-    Rounding first makes rational quotas exact: 0.29 of 100 entries are 29, not 28.
+    The margin is above the rounding of a quota and below any real difference, so that rational
+    quotas are exact: 0.29 of 100 entries are 29, not 28, and a third of 135 million is 45 million.
     """
-    return min(dimension, floor(round(quota, 12) * dimension + 0.5e-6))
+    return min(dimension, floor(quota * dimension * (1 + MARGIN)))
 
 
 def layer_entries_for(quota: float, dimension: int) -> int:
     """``⌈q·D⌉`` for one tensor, as the reference's code."""
-    return min(dimension, ceil(round(quota, 12) * dimension - 0.5e-6))
+    return min(dimension, ceil(quota * dimension * (1 - MARGIN)))
 
 
 class Order:
