@@ -84,15 +84,7 @@ def parse(
             raise UserError(_reworded(printed.getvalue(), command)) from stop
         return None
     values.pop("config", None)
-    return (
-        parser.instantiate(values)[name]
-        if name in values
-        else config_class(**_nested(parser.instantiate(values)))
-    )
-
-
-def _nested(values: Any) -> dict[str, Any]:
-    return dict(vars(values))
+    return config_class(**vars(parser.instantiate(values)))
 
 
 def _translated(parser: ArgumentParser, command: str, arguments: Sequence[str]) -> list[str]:
