@@ -7,6 +7,7 @@ from weightshare.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from weightshare.cli.ranks import Ranks
     from weightshare.folding.config import FoldConfig
     from weightshare.folding.plans import FoldPlan
     from weightshare.language import LanguageModel, Windows
@@ -18,6 +19,7 @@ EXAMPLES = """
   weightshare fold ./my-llama --text notes.txt --target-params 800000000 --refine swaps
   weightshare fold ./my-llama --text notes.txt --remove-blocks 20,21 --cure-steps 0
   weightshare fold tiny --share 2 --dry-run
+  torchrun --nproc-per-node 4 -m weightshare fold ./my-llama --text notes.txt --remove 0.25
 """
 
 TIMED_TOKENS = 48
@@ -31,6 +33,7 @@ def run(config: "FoldConfig") -> None:
     from weightshare.cli.console import say, show_table
     from weightshare.cli.estimate import show_estimate
     from weightshare.cli.models import open_model
+    from weightshare.cli.ranks import ranks
     from weightshare.cli.trackers import tracking
     from weightshare.folding import Ranking, cure, facts, fold, plan, rank
     from weightshare.folding.blocks import BlockLosses
@@ -41,12 +44,16 @@ def run(config: "FoldConfig") -> None:
     from weightshare.report import Run
 
     protect = block_list(config.protect, "protect")
-    source = open_model(config.model, config.dtype, config.device)
+    group = ranks(config.device)
+    source = open_model(config.model, config.dtype, group.device)
     model = source.model
     given = given_plan(config, source)
     texts, documents = fold_texts(config, source)
     if config.dry_run:
         show_estimate(config, source, given, protect, texts)
+        return
+    if not group.first:
+        help_to_cure(config, source, texts, group)
         return
 
     with (
@@ -90,6 +97,7 @@ def run(config: "FoldConfig") -> None:
         chosen = resolve(model, chosen, calibration, memo=run.memo("representatives"))
         run.save("plan.json", chosen.save)
         say(describe(chosen))
+        group.told(chosen.to_dict())
 
         # 2. Build the folded model.
         folded = fold(model, chosen, calibration)
@@ -98,7 +106,6 @@ def run(config: "FoldConfig") -> None:
 
         # 3. Cure it.
         if config.cure.steps:
-            precision = "bf16" if model.dtype.itemsize == 2 else "fp32"
             cure(
                 folded,
                 model,
@@ -107,7 +114,8 @@ def run(config: "FoldConfig") -> None:
                 config.cure,
                 seed=config.seed,
                 run=run,
-                precision=precision,
+                accelerator=group.accelerator,
+                precision=precision_of(model),
             )
             scores["cured"] = evaluate(folded, heldout)
             cured = continuations(source, {"cured": folded}, heldout)
@@ -141,6 +149,33 @@ def run(config: "FoldConfig") -> None:
         draw(run, model, calibration, ranking, chosen, rows, samples)
         show_table("held-out text", rows)
         say(f"report: {run.path / 'report.html'}\nmodel:  {folder}")
+
+
+def precision_of(model: Any) -> str:
+    """Half-precision models are cured under autocast, all others in float32."""
+    return "bf16" if model.dtype.itemsize == 2 else "fp32"
+
+
+def help_to_cure(
+    config: "FoldConfig", source: "LanguageModel", texts: dict[str, "Windows"], group: "Ranks"
+) -> None:
+    """What the processes behind the first do: wait for the plan, then train along."""
+    from weightshare.cli.ranks import Follower
+    from weightshare.folding import FoldPlan, cure, fold
+
+    chosen = FoldPlan.from_dict(group.told())
+    if config.cure.steps:
+        cure(
+            fold(source.model, chosen, texts["calibration"].input_ids),
+            source.model,
+            texts["train"],
+            texts["heldout"][:WATCHED_WINDOWS],
+            config.cure,
+            seed=config.seed,
+            run=Follower(config.out),
+            accelerator=group.accelerator,
+            precision=precision_of(source.model),
+        )
 
 
 def block_list(text: str, option: str) -> list[int]:
@@ -259,7 +294,11 @@ def draw(
     run.key("weights of the blocks saved", f"{run.summary()['blocks']['saved_fraction']:.1%}")
     run.key("weights of the model saved", f"{1 - last['parameters'] / dense['parameters']:.1%}")
     run.key("held-out loss", f"{dense['loss']:.3f} → {last['loss']:.3f}", "nats per token")
-    run.figure("plan", figures.plan_strip(chosen), "What happened to each block.")
+    run.figure(
+        "plan",
+        figures.plan_strip(chosen),
+        "What happened to each block. Blocks with the same letter have one set of weights.",
+    )
     run.rows(
         "result",
         rows,

@@ -21,7 +21,7 @@ from weightshare.folding.config import CureConfig
 from weightshare.folding.families import blocks_of
 from weightshare.folding.lora import SharedLora
 from weightshare.folding.modeling_folded import FoldedModelMixin
-from weightshare.language import Windows, cast, distillation_loss, next_token_loss
+from weightshare.language import Windows, cast, distillation_loss, hidden_mse, next_token_loss
 from weightshare.training import (
     EpochBatches,
     Fit,
@@ -77,14 +77,8 @@ class CureTask(Task):
         keep = torch.zeros_like(mask)
         keep[:, :-1] = mask[:, 1:]
         for student, teacher in zip(mine, theirs, strict=True):
-            ours, wanted = student[keep].float(), teacher[keep].float()
-            # Summed numerator over summed denominator is MSE / mean(h_T^2) of the whole batch,
-            # however it is cut into parts.
-            losses[f"tail{len(losses) - 1}"] = Term(
-                (ours - wanted).square().sum(),
-                wanted.square().sum(),
-                config.tail / len(self.tail),
-            )
+            distance, square = hidden_mse(student, teacher, keep)
+            losses[f"tail{len(losses) - 1}"] = Term(distance, square, config.tail / len(self.tail))
         return losses
 
 

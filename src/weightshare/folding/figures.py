@@ -1,6 +1,7 @@
 """Pictures of a fold. Plain data in, matplotlib figures out."""
 
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from weightshare.report import figures
@@ -12,15 +13,20 @@ if TYPE_CHECKING:
 
 
 def plan_strip(plan: "FoldPlan") -> "Figure":
-    """The blocks in a row: kept, removed, or shared with others."""
+    """The blocks in a row: kept, removed, or shared; one letter, one set of weights."""
     shared = {block: group for group in plan.shared_groups for block in group}
+    letters = {
+        group: ascii_lowercase[number % 26] * (1 + number // 26)
+        for number, group in enumerate(plan.shared_groups)
+    }
     blocks = []
     for block in range(plan.blocks):
         if block in plan.removed:
             blocks.append((str(block), "removed", f"block {block}: removed"))
         elif block in shared:
             others = ", ".join(map(str, shared[block]))
-            blocks.append((str(block), "shared", f"block {block}: one set of weights for {others}"))
+            label = f"{block}\n{letters[shared[block]]}"
+            blocks.append((label, "shared", f"block {block}: one set of weights for {others}"))
         else:
             blocks.append((str(block), "kept", f"block {block}: its own weights"))
     return figures.strip(blocks)

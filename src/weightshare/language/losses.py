@@ -1,7 +1,7 @@
-r"""Losses of language models as (sum, count), right under padding and bounded in memory.
+r"""Losses of language models as (sum, weight), right under padding and bounded in memory.
 
-Sums and counts, not means: parts of a batch, micro-batches and ranks add up to the same figure
-however the batch was cut. All are computed in float32, whatever the type of the inputs.
+Sums and not means: parts of a batch, micro-batches and ranks add up to the same quotient however
+the batch was cut. All are computed in float32, whatever the type of the inputs.
 """
 
 from __future__ import annotations
@@ -81,28 +81,21 @@ def distillation_loss(
     return _over_chunks(part, inputs, chunk), keep.sum().float()
 
 
-def hidden_mse(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""Squared distance of hidden states, relative to the teacher's mean square.
+def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Squared distance of hidden states, and the teacher's square that it is relative to.
 
-    .. math:: \sum_{b,t:\,m_{bt}} \frac{1}{d\,s}\,\lVert h^S_{bt} - h^T_{bt}\rVert^2,
-        \qquad s = \mathrm{mean}_{m}\,(h^T)^2
+    .. math:: \sum_{b,t:\,m_{bt}} \lVert h^S_{bt} - h^T_{bt}\rVert^2, \qquad
+        \sum_{b,t:\,m_{bt}} \lVert h^T_{bt}\rVert^2
 
-    ``student``, ``teacher`` (batch, length, width); ``mask`` (batch, length) marks the positions
-    that count: here the positions themselves (the attention mask), not the predictions made there.
-    ``scale`` replaces s, for a batch seen in parts: with s taken of each part, sums of parts are
-    not the sum of the whole. The teacher gets no gradient.
+    The quotient of the two sums is MSE / mean square of the teacher. ``student``, ``teacher``
+    (batch, length, width); ``mask`` (batch, length) marks the positions that count: here the
+    positions themselves, not the predictions made there. The teacher gets no gradient.
 
-    Returns ``(sum, count)``, both float32 scalars.
+    Returns ``(sum, sum of the teacher)``, both float32 scalars.
     """
     keep = mask.bool()
     h_student, h_teacher = _kept(student, keep), _kept(teacher.detach(), keep)
-    count = keep.sum().to(h_teacher.dtype)
-    if scale is None:
-        scale = h_teacher.square().mean(-1).sum() / count.clamp(min=1)
-    distance = (h_student - h_teacher).square().mean(-1).sum()
-    return distance / scale.clamp(min=torch.finfo(h_teacher.dtype).tiny), count
+    return (h_student - h_teacher).square().sum(), h_teacher.square().sum()
 
 
 def _kept(rows: Tensor, keep: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Loop:
                     if done.stopped_early:
                         self._log()
                 done.seconds = time.perf_counter() - begun
-                stop = interrupt is not None and interrupt.noted is not None
+                stop = self._stopping(interrupt)
                 if self._due(config.checkpoint_every) or stop:
                     self._save()
                 bar(done)
@@ -136,6 +136,13 @@ class Loop:
         else:
             self.update.keep_average()
         return done
+
+    def _stopping(self, interrupt: Interrupt | None) -> bool:
+        """Whether to stop after this step; several ranks must stop at the same one."""
+        stop = interrupt is not None and interrupt.noted is not None
+        if self.place.world > 1:
+            return self._due(self.config.log_every) and self.place.agreed(stop)
+        return stop
 
     def _due(self, every: int) -> bool:
         step = self.fitted.step
