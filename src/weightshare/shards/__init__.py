@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "layer": ["MosLayer", "MosLinear"],
         "conversion": ["from_lora", "to_lora"],
         "swapping": ["hotswap"],
+        "users": ["add_user"],
         "planning": ["Pool", "Target", "parameter_count", "plan_pools"],
         "indices": ["SplitMix64", "draw"],
         "methods": ["adapter_config"],

@@ -1,6 +1,7 @@
 """One batch, many users: each row with its own low-rank update."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,16 +16,19 @@ def add_updates(
     r""":math:`y_i + s_u B_u A_u x_i` for row i of user u; rows of user -1 stay bit for bit.
 
     ``result`` (batch, ..., o), ``x`` (batch, ..., h), ``users`` one number a row. Ranks may differ
-    between users. Where many users have few rows each, their factors are padded to one rank and
-    multiplied in one batched product; otherwise a loop over users reads each factor once.
+    between users. Where many users have few rows each, or rows are long, their factors are padded
+    to one rank and multiplied in one batched product, which copies the factors once a row;
+    otherwise a loop over users reads each factor once.
 
     The updates are computed in the type of ``x`` with the accumulation of its matrix products.
     """
     adapted = [row for row, user in enumerate(users) if user >= 0]
     if not adapted:
         return result
-    # Even a single user per row pays for the copies of a stack only where there are several.
-    if len(factors) > 2 and len(adapted) <= 2 * len(factors):
+    # Even a single user per row pays for the copies of a stack only where there are several. In a
+    # row longer than the rank the copy of a factor is smaller than the row itself.
+    long = x[0].numel() > max(a.numel() for a, _, _ in factors)
+    if len(factors) > 2 and (long or len(adapted) <= 2 * len(factors)):
         return _batched(result, x, [users[row] for row in adapted], adapted, factors)
     return _looped(result, x, users, factors)
 
@@ -34,7 +38,7 @@ def _looped(result: Tensor, x: Tensor, users: Sequence[int], factors: Sequence[F
     for user, (a, b, scale) in enumerate(factors):
         rows = [row for row, of in enumerate(users) if of == user]
         if rows:
-            where = torch.tensor(rows, device=x.device)
+            where = _places(tuple(rows), x.device)
             update = x.index_select(0, where) @ a.t() @ b * scale
             result[where] = result[where] + update.to(result.dtype)
     return result
@@ -51,8 +55,7 @@ def _batched(
     stack_a = torch.stack([_padded(a, rank) for a, _, _ in factors])
     # The scale goes into B: a product more per row would be a kernel more.
     stack_b = torch.stack([_padded(b * scale, rank) for _, b, scale in factors])
-    of = torch.tensor(users, device=x.device)
-    where = torch.tensor(rows, device=x.device)
+    of, where = _places(tuple(users), x.device), _places(tuple(rows), x.device)
     chosen = x.index_select(0, where)
     flat = chosen.reshape(len(rows), -1, x.shape[-1])
     hidden = torch.bmm(flat, stack_a.index_select(0, of).transpose(1, 2))
@@ -61,6 +64,13 @@ def _batched(
     result = result.clone()
     result[where] = result[where] + update.to(result.dtype)
     return result
+
+
+@lru_cache(maxsize=256)
+def _places(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers on the device; kept, as every layer of every step asks for the same ones."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _padded(matrix: Tensor, rank: int) -> Tensor:

@@ -59,6 +59,13 @@ def check_saved(
                 f"adapter's file, but its configuration asks for {tuple(tensor.shape)}; give the "
                 "file and the adapter_config.json of the same adapter."
             )
+    for (key, _), index in indices.items():
+        rows = model.mos_store.tables[adapter_name][key].rows
+        if not 0 <= int(index.min()) <= int(index.max()) < rows:
+            raise UserError(
+                f"The adapter's file uses shard {int(index.max())} of the pool {key}, which has "
+                f"{rows}; it is damaged, or belongs to other public pools."
+            )
     # By the tables: pools in their order, members in theirs.
     found = stored_checksum(
         [indices[key, member].tolist() for member in range(len(table.sources))]

@@ -15,13 +15,16 @@ class Table:
 
     ``sources`` are the layers' containers of indices by adapter: they are saved and loaded, this
     is made from them. ``order`` lists the entries of ``index`` shard by shard; those of shard s
-    begin at ``starts[s]``.
+    begin at ``starts[s]``. ``borrowed`` rows in front are another adapter's, and the ``public``
+    ones after them may be lent in turn.
     """
 
     adapter: str
     rows: int
     sources: Sequence[Any]
     scale_by_use: bool = False
+    borrowed: int = 0
+    public: int = 0
     index: Tensor | None = None
     order: Tensor = field(default_factory=lambda: torch.empty(0))
     starts: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -25,7 +25,7 @@ from weightshare.shards.gather import Table
 from weightshare.shards.indices import SplitMix64
 from weightshare.shards.layer import BASE, MosLayer, MosLinear, Place, compute_dtype
 from weightshare.shards.mos_config import MosConfig
-from weightshare.shards.planning import Plan, Target, by_pattern, plan_pools
+from weightshare.shards.planning import Loan, Plan, Target, by_pattern, plan_pools
 from weightshare.shards.store import PoolStore
 
 
@@ -111,7 +111,7 @@ class MosModel(BaseTuner):
             for name, _, _, target in found
         }
         targets = [Target(n, la.in_features, la.out_features) for n, la in layers.items()]
-        plan = plan_pools(targets, config)
+        plan = plan_pools(targets, config, self._loan(config))
 
         device, dtype = next(iter(layers.values()))._get_base_layer_device_and_dtype(
             next(iter(layers.values())).get_base_layer()
@@ -121,6 +121,8 @@ class MosModel(BaseTuner):
         pools = _make_pools(plan, config, "meta" if on_meta else device, dtype)
         pools.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         self.mos_pools[adapter_name] = pools
+        if config.public_from is not None:
+            self.mos_store.lenders[adapter_name] = config.public_from
         self.mos_checksum.register_buffer(
             adapter_name,
             stored_checksum(pool.indices for pool in plan.pools.values()).to(device),
@@ -139,9 +141,39 @@ class MosModel(BaseTuner):
                 pool.rows,
                 [getattr(layers[name], f"mos_indices_{pool.side}") for name in pool.members],
                 config.scale_by_use,
+                pool.borrowed,
+                pool.public,
             )
             for key, pool in plan.pools.items()
         }
+
+    def _loan(self, config: MosConfig) -> Loan | None:
+        lender = config.public_from
+        if lender is None:
+            return None
+        if lender not in self.mos_pools:
+            raise UserError(
+                f"public_from is {lender!r}, but the model has no such adapter; it has "
+                f"{', '.join(self.mos_pools) or 'none'}: load that one first."
+            )
+        other: MosConfig = self.peft_config[lender]
+        if other.public_from is not None or other.scale_by_use:
+            raise UserError(
+                f"public_from is {lender!r}, which itself borrows or scales by use; name the "
+                "adapter that has the public pools, made without scale_by_use."
+            )
+        pools: Any = self.mos_pools[lender]
+        return Loan(
+            {
+                key: (table.public, pools[key].shape[1])
+                for key, table in self.mos_store.tables[lender].items()
+            },
+            {
+                name: layer.mos_places[lender].rank - other.private
+                for name, layer in self.model.named_modules()
+                if isinstance(layer, MosLayer) and lender in layer.mos_places
+            },
+        )
 
     def _add_to_layer(
         self, layer: MosLayer, name: str, adapter_name: str, plan: Plan, config: MosConfig
@@ -192,6 +224,11 @@ class MosModel(BaseTuner):
             pools.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        users = [name for name, lender in self.mos_store.lenders.items() if lender == adapter_name]
+        if users:
+            raise UserError(
+                f"{', '.join(users)} use the public pools of {adapter_name!r}; delete them first."
+            )
         super().delete_adapter(adapter_name)
         self.mos_store.remove(adapter_name)
         if adapter_name in self.mos_checksum:
@@ -320,7 +357,8 @@ def _pass_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> 
 def _make_pools(plan: Plan, config: MosConfig, device: Any, dtype: torch.dtype) -> nn.ParameterDict:
     pools = nn.ParameterDict({})
     for key, pool in plan.pools.items():
-        weight = torch.zeros(pool.rows, pool.width, device=device, dtype=dtype)
+        own = pool.rows - pool.borrowed
+        weight = torch.zeros(own, pool.width, device=device, dtype=dtype)
         if pool.side == "A" or not config.init_weights:
             # Kaiming's range for the whole vector; that of a shard would be sqrt(l) too wide.
             bound = 1 / math.sqrt(pool.fan_in)

@@ -1,5 +1,6 @@
 """The options of a Mixture of Shards adapter."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +27,9 @@ class MosConfig(PeftConfig):
     ``e * n * (h + o)`` parameters, as LoRA of rank e, and each module has rank r.
 
     Args:
-        equivalent_rank: e, the budget: as many parameters as LoRA of this rank.
+        equivalent_rank: e, the budget: as many parameters as LoRA of this rank. It may be a
+            fraction, also below 1, which LoRA cannot have; pools then have the nearest whole number
+            of shards.
         rank: r of each module; None is 4e (the paper uses 2e to 4e), less where a pool is too small
             for it. The modules of one pool allow at most ``(e - p) n + p``.
         shards_per_vector: l, pieces each row of A and column of B is put together from; divides the
@@ -61,12 +64,17 @@ class MosConfig(PeftConfig):
             gradient does not grow with it (after Uni-LoRA).
         row_scale: a factor on each rank of each module: learned (after RaSA; n * r parameters
             more), or random and frozen (the paper's "random scaling").
+        public_from: name of an adapter of the model whose public pools this one uses beside its
+            own, for many users of one pool: its rank grows by ``public_rank``, its own parameters
+            and its file do not. See ``add_user``.
+        public_rank: ranks of each module that are made of shards from there; None is as many as
+            that adapter itself has, and with its ``index_seed`` they are the same ones.
 
     Raises:
         UserError: a value that cannot be used.
     """
 
-    equivalent_rank: int = field(default=2, metadata={"help": "LoRA rank of equal budget."})
+    equivalent_rank: float = field(default=2, metadata={"help": "LoRA rank of equal budget."})
     rank: int | None = field(default=None, metadata={"help": "Rank of each module."})
     shards_per_vector: int = field(default=4, metadata={"help": "Pieces of each vector."})
     private_rank: int | None = field(default=None, metadata={"help": "Ranks not shared."})
@@ -108,11 +116,15 @@ class MosConfig(PeftConfig):
     save_indices: bool = field(default=True, metadata={"help": "Save the indices."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
     pair_dissociation: bool = field(default=True, metadata={"help": "Draw A and B apart."})
-    output_rank: int | None = field(default=None, metadata={"help": "Equivalent rank of B."})
+    output_rank: float | None = field(default=None, metadata={"help": "Equivalent rank of B."})
     scale_by_use: bool = field(default=False, metadata={"help": "Normalise by use."})
     row_scale: Literal["none", "learned", "random"] = field(
         default="none", metadata={"help": "Factor on each rank."}
     )
+    public_from: str | None = field(
+        default=None, metadata={"help": "Adapter whose public pools are used too."}
+    )
+    public_rank: int | None = field(default=None, metadata={"help": "Ranks from there."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,10 +137,10 @@ class MosConfig(PeftConfig):
     @property
     def private(self) -> int:
         """p, the private rank in use."""
-        return self.equivalent_rank // 8 if self.private_rank is None else self.private_rank
+        return int(self.equivalent_rank // 8) if self.private_rank is None else self.private_rank
 
     @property
-    def budgets(self) -> tuple[int, int]:
+    def budgets(self) -> tuple[float, float]:
         """Equivalent ranks of the A pools and of the B pools."""
         return self.equivalent_rank, self.output_rank or self.equivalent_rank
 
@@ -138,10 +150,13 @@ class MosConfig(PeftConfig):
 
 
 def _check(config: MosConfig) -> None:
-    at_least = {"equivalent_rank": 1, "shards_per_vector": 1}
+    for name, budget in zip(("equivalent_rank", "output_rank"), config.budgets, strict=True):
+        if not isinstance(budget, int | float) or not 0 < budget < math.inf:
+            raise UserError(f"{name} is {budget!r}; give a number above 0.")
+    at_least = {"shards_per_vector": 1}
     at_least |= {
         name: least
-        for name, least in (("rank", 1), ("private_rank", 0), ("output_rank", 1))
+        for name, least in (("rank", 1), ("private_rank", 0), ("public_rank", 1))
         if getattr(config, name) is not None
     }
     for name, least in at_least.items():
@@ -162,7 +177,7 @@ def _check(config: MosConfig) -> None:
     if config.private > smallest:
         raise UserError(
             f"private_rank is {config.private}, but the budget is an equivalent rank of "
-            f"{smallest}; give a private rank from 0 to {smallest}."
+            f"{smallest}; give a private rank from 0 to {int(smallest)}."
         )
     for name, rank in {"rank": config.rank, **config.rank_pattern}.items():
         if rank is not None and rank < config.private:
@@ -170,6 +185,13 @@ def _check(config: MosConfig) -> None:
                 f"The rank of {name!r} is {rank}, below the private rank {config.private}; "
                 "give a rank that contains it."
             )
+    if config.public_from is None and config.public_rank is not None:
+        raise UserError("public_rank is given without public_from; name the adapter it is of.")
+    if config.public_from is not None and config.scale_by_use:
+        raise UserError(
+            "scale_by_use cannot be had with public_from: the uses of a public shard by other "
+            "adapters are not known; leave it off."
+        )
     if not 0 <= config.lora_dropout < 1:
         raise UserError(
             f"lora_dropout is {config.lora_dropout}; give a probability from 0 to below 1."

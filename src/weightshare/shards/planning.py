@@ -33,7 +33,9 @@ class Pool:
     """A matrix of ``rows`` shards of ``width`` numbers and who uses which.
 
     ``indices[k]`` belongs to ``members[k]``: entry ``i * l + j`` is segment j of its rank row i.
-    ``fan_in`` is the in_features that the initial range of an A pool follows.
+    ``fan_in`` is the in_features that the initial range of an A pool follows. The first
+    ``borrowed`` rows are public ones of another adapter, the next ``public`` are open to all
+    members, the rest belongs to one member each.
     """
 
     key: str
@@ -41,6 +43,8 @@ class Pool:
     width: int
     rows: int
     fan_in: int
+    borrowed: int = 0
+    public: int = 0
     members: list[str] = field(default_factory=list)
     indices: list[list[int]] = field(default_factory=list)
 
@@ -53,6 +57,15 @@ class Pool:
         return counts
 
 
+@dataclass(frozen=True)
+class Loan:
+    """What an adapter may use of another's: public rows and width of each pool, and how many ranks
+    of each module come from there."""
+
+    pools: Mapping[str, tuple[int, int]]
+    ranks: Mapping[str, int]
+
+
 @dataclass
 class Plan:
     """All pools by key, and for each module its rank and its place on either side."""
@@ -63,24 +76,27 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all pools."""
-        return sum(pool.rows * pool.width for pool in self.pools.values())
+        """Numbers in all pools, without what is borrowed."""
+        return sum((pool.rows - pool.borrowed) * pool.width for pool in self.pools.values())
 
     @property
     def dead_shards(self) -> float:
         """Share of the shards that no module uses: paid for, never trained."""
-        counts = [count for pool in self.pools.values() for count in pool.uses()]
+        counts = [n for pool in self.pools.values() for n in pool.uses()[pool.borrowed :]]
         return counts.count(0) / len(counts)
 
 
 def parameter_count(targets: Sequence[Target], config: "MosConfig") -> int:
-    r""":math:`\sum_k (e_A h_k + e_B o_k)`, whatever rank, shards, private rank and scope are."""
-    e_a, e_b = config.budgets
-    return sum(e_a * t.in_features + e_b * t.out_features for t in targets)
+    r""":math:`\sum_k (e_A h_k + e_B o_k)`, whatever rank, shards, private rank and scope are; with
+    fractions of a rank the same, rounded to whole shards pool by pool."""
+    pools, _, _ = _sized(targets, config, _widths(targets, config))
+    return sum(pool.rows * pool.width for pool in pools.values())
 
 
-def plan_pools(targets: Sequence[Target], config: "MosConfig") -> Plan:
+def plan_pools(targets: Sequence[Target], config: "MosConfig", loan: Loan | None = None) -> Plan:
     """Pools, ranks and indices for ``targets`` in the order of the model.
+
+    With a ``loan``, rows of the other adapter's pools come first in every pool and in every index.
 
     The draw of a module depends on the seed, its pool's key, its position in the pool and the side,
     and on nothing else; with balanced indices also on the modules before it in the pool.
@@ -89,6 +105,68 @@ def plan_pools(targets: Sequence[Target], config: "MosConfig") -> Plan:
         UserError: shards that do not divide a module, or a rank that its pool cannot give.
     """
     widths = _widths(targets, config)
+    pools, members, places = _sized(targets, config, widths)
+    for key, pool in pools.items():
+        own = config.private * sum(t.size(pool.side) // pool.width for t in members[key])
+        pool.public = pool.rows - own
+    own_ranks = {
+        target.name: _rank(target, config, places[target.name], pools, members)
+        for target in targets
+    }
+    _warn_capped(own_ranks, config)
+    for key, group in members.items():
+        _fill_indices(pools[key], group, config, own_ranks)
+    ranks = dict(own_ranks)
+    if loan is not None:
+        for target in targets:
+            ranks[target.name] += _public_rank(target, config, loan)
+        for key, group in members.items():
+            _borrow(pools[key], group, config, loan)
+    if not config.pair_dissociation:
+        _pair(pools, places, targets)
+    return Plan(pools, ranks, places)
+
+
+def _public_rank(target: Target, config: "MosConfig", loan: Loan) -> int:
+    """How many ranks of a module are made of borrowed shards."""
+    if target.name not in loan.ranks:
+        raise UserError(
+            f"{target.name} is not adapted by {config.public_from!r}, whose pools are to be used; "
+            "target modules that it adapts."
+        )
+    return loan.ranks[target.name] if config.public_rank is None else config.public_rank
+
+
+def _borrow(pool: Pool, group: list[Target], config: "MosConfig", loan: Loan) -> None:
+    """Put the other adapter's public rows in front.
+
+    With its seed and its number of ranks, the draw is the one it has drawn itself.
+    """
+    rows, width = loan.pools.get(pool.key, (0, 0))
+    if width != pool.width:
+        raise UserError(
+            f"{config.public_from!r} has no pool {pool.key} with shards of {pool.width}; give the "
+            "pool_scope and shards_per_vector that it has."
+        )
+    for k, target in enumerate(group):
+        segments = target.size(pool.side) // pool.width
+        rank = _public_rank(target, config, loan)
+        if rank * segments > rows:
+            raise UserError(
+                f"public_rank {rank} cannot be had for {target.name}: the public pool of "
+                f"{config.public_from!r} gives at most {rows // segments}; lower it."
+            )
+        stream = SplitMix64("mos", config.index_seed, pool.key, k)
+        public = draw(rows, rank * segments, stream)
+        pool.indices[k] = [*public, *(rows + number for number in pool.indices[k])]
+    pool.borrowed = rows
+    pool.rows += rows
+
+
+def _sized(
+    targets: Sequence[Target], config: "MosConfig", widths: dict[tuple[str, str], int]
+) -> tuple[dict[str, Pool], dict[str, list[Target]], dict[str, dict[str, tuple[str, int]]]]:
+    """Pools without indices, the modules of each, and each module's place in them."""
     pools: dict[str, Pool] = {}
     members: dict[str, list[Target]] = {}
     places: dict[str, dict[str, tuple[str, int]]] = {target.name: {} for target in targets}
@@ -98,26 +176,15 @@ def plan_pools(targets: Sequence[Target], config: "MosConfig") -> Plan:
             group = members.setdefault(key, [])
             places[target.name][side] = key, len(group)
             group.append(target)
-    public: dict[str, int] = {}
     for key, group in members.items():
         side = key[-1]
         width = widths[group[0].name, side]
-        segments = [target.size(side) // width for target in group]
-        budget = config.budgets[SIDES.index(side)]
-        public[key] = (budget - config.private) * sum(segments)
+        segments = sum(target.size(side) // width for target in group)
+        rows = round(config.budgets[SIDES.index(side)] * segments)
         fan_in = round(sum(t.in_features for t in group) / len(group))
         names = [target.name for target in group]
-        pools[key] = Pool(key, side, width, budget * sum(segments), fan_in, names)
-    ranks = {
-        target.name: _rank(target, config, places[target.name], public, members, widths)
-        for target in targets
-    }
-    _warn_capped(ranks, config)
-    for key, group in members.items():
-        _fill_indices(pools[key], group, config, ranks, public[key])
-    if not config.pair_dissociation:
-        _pair(pools, places, targets)
-    return Plan(pools, ranks, places)
+        pools[key] = Pool(key, side, width, rows, fan_in, members=names)
+    return pools, members, places
 
 
 def _widths(targets: Sequence[Target], config: "MosConfig") -> dict[tuple[str, str], int]:
@@ -157,23 +224,26 @@ def _rank(
     target: Target,
     config: "MosConfig",
     places: dict[str, tuple[str, int]],
-    public: dict[str, int],
+    pools: dict[str, Pool],
     members: dict[str, list[Target]],
-    widths: dict[tuple[str, str], int],
 ) -> int:
     """The rank of a module: the asked one, or the usual one where the pools are large enough."""
-    private = config.private
-    most = min(
-        public[places[side][0]] // (target.size(side) // widths[target.name, side])
-        for side in SIDES
+    most = config.private
+    most += min(
+        pool.public // (target.size(pool.side) // pool.width)
+        for pool in (pools[key] for key, _ in places.values())
     )
-    most += private
     asked = by_pattern(config.rank_pattern, target.name, config.rank)
+    count = len(members[places["A"][0]])
+    if most < 1:
+        raise UserError(
+            f"An equivalent rank of {min(config.budgets):g} leaves {target.name} less than one "
+            f"whole vector in the pool of its {count} module(s); raise equivalent_rank, or let "
+            "more modules share with pool_scope."
+        )
     if asked is None:
-        usual = 4 * config.equivalent_rank
-        return min(usual, most)
+        return min(usual_rank(config), most)
     if asked > most:
-        count = len(members[places["A"][0]])
         raise UserError(
             f"Rank {asked} cannot be had for {target.name}: the pool of its {count} module(s) "
             f"gives at most {most}; lower rank or private_rank, or raise equivalent_rank."
@@ -181,8 +251,13 @@ def _rank(
     return int(asked)
 
 
+def usual_rank(config: "MosConfig") -> int:
+    """Four times the budget (the paper uses two to four), at least 1."""
+    return max(1, round(4 * config.equivalent_rank))
+
+
 def _warn_capped(ranks: dict[str, int], config: "MosConfig") -> None:
-    usual = 4 * config.equivalent_rank
+    usual = usual_rank(config)
     if config.rank is None and config.private < config.equivalent_rank:
         capped = {rank for rank in ranks.values() if rank < usual}
         if capped and not config.rank_pattern:
@@ -194,10 +269,10 @@ def _warn_capped(ranks: dict[str, int], config: "MosConfig") -> None:
 
 
 def _fill_indices(
-    pool: Pool, group: list[Target], config: "MosConfig", ranks: dict[str, int], public: int
+    pool: Pool, group: list[Target], config: "MosConfig", ranks: dict[str, int]
 ) -> None:
-    used = [0] * public
-    private = public
+    used = [0] * pool.public
+    private = pool.public
     for k, target in enumerate(group):
         segments = target.size(pool.side) // pool.width
         count = (ranks[target.name] - config.private) * segments
@@ -205,7 +280,7 @@ def _fill_indices(
         if config.index_strategy == "balanced":
             index = draw_balanced(used, count, stream)
         else:
-            index = draw(public, count, stream)
+            index = draw(pool.public, count, stream)
         own = config.private * segments
         pool.indices.append([*index, *range(private, private + own)])
         private += own

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from weightshare.shards.gather import Table, gather_all, gather_one
 
-Rows = dict[tuple[str, str], tuple[tuple[Tensor, ...], int]]
-"""By adapter and pool: shards of every module, and the pool's version they were gathered from."""
+Versions = tuple[int, ...]
+Rows = dict[tuple[str, str], tuple[tuple[Tensor, ...], Versions]]
+"""By adapter and pool: shards of every module, and the pools' versions they were gathered from."""
 
 
 class PoolStore:
@@ -30,6 +31,7 @@ class PoolStore:
     def __init__(self, pools: nn.ModuleDict) -> None:
         self.pools = pools
         self.tables: dict[str, dict[str, Table]] = {}
+        self.lenders: dict[str, str] = {}
         self._rows: Rows | None = None
         self._kept: Rows = {}
         self._reentrant = False
@@ -39,8 +41,15 @@ class PoolStore:
         return self.__dict__ | {"_rows": None, "_kept": {}}
 
     def pool(self, adapter: str, key: str) -> Tensor:
-        """One pool, (rows, width)."""
+        """What an adapter has of its own in a pool, (rows, width)."""
         return self.pools[adapter][key]  # type: ignore[index,return-value]
+
+    def parts(self, adapter: str, key: str) -> tuple[Tensor, ...]:
+        """The pool an adapter's indices point into: its own, or borrowed rows and its own."""
+        own, table = self.pool(adapter, key), self.tables[adapter][key]
+        if not table.borrowed:
+            return (own,)
+        return self.pool(self.lenders[adapter], key).narrow(0, 0, table.borrowed), own
 
     def forget(self, adapter: str | None = None) -> None:
         """Build the tables again at their next use."""
@@ -53,6 +62,7 @@ class PoolStore:
     def remove(self, adapter: str) -> None:
         """Drop an adapter's pools and tables."""
         self.tables.pop(adapter, None)
+        self.lenders.pop(adapter, None)
         self._kept = {}
         if adapter in self.pools:
             del self.pools[adapter]
@@ -67,9 +77,10 @@ class PoolStore:
         rows: Rows = {}
         for adapter in adapters:
             for key, table in self.tables.get(adapter, {}).items():
-                pool = self.pool(adapter, key)
+                pools = self.parts(adapter, key)
+                pool = _whole(pools)
                 parts = gather_all(pool, table.prepare(pool.device), dtype)
-                rows[adapter, key] = parts, pool._version
+                rows[adapter, key] = parts, _versions(pools)
         self._rows = rows
         try:
             yield
@@ -82,16 +93,18 @@ class PoolStore:
         self, adapter: str, key: str, member: int, index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The shards of one module, (r * l, width) in ``dtype``."""
-        pool = self.pool(adapter, key)
+        pools = self.parts(adapter, key)
         rows = self._kept if self._rows is None else self._rows
         if (adapter, key) in rows:
             parts, version = rows[adapter, key]
             part, differentiable = parts[member], torch.is_grad_enabled()
             self._reentrant |= part.requires_grad and not differentiable
             # Gathered before the pool changed, in another type, or without a gradient: no use.
-            usable = part.requires_grad or not (pool.requires_grad and differentiable)
-            if version == pool._version and part.dtype == dtype and usable:
+            trained = any(pool.requires_grad for pool in pools)
+            usable = part.requires_grad or not (trained and differentiable)
+            if version == _versions(pools) and part.dtype == dtype and usable:
                 return part
+        pool = _whole(pools)
         table = self.tables[adapter][key]
         scale = None
         if table.scale_by_use:
@@ -99,3 +112,11 @@ class PoolStore:
             assert table.scale is not None
             scale = table.scale[table.span(member)]
         return gather_one(pool, index.to(pool.device), dtype, scale)
+
+
+def _whole(pools: tuple[Tensor, ...]) -> Tensor:
+    return pools[0] if len(pools) == 1 else torch.cat([pool.to(pools[-1]) for pool in pools])
+
+
+def _versions(pools: tuple[Tensor, ...]) -> Versions:
+    return tuple(pool._version for pool in pools)

@@ -19,6 +19,8 @@ ALIKE = (
     "modules_to_save",
     "bias",
     "save_indices",
+    "public_from",
+    "public_rank",
 )
 """Options that decide what an adapter's numbers mean, besides shapes."""
 
