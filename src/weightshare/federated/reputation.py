@@ -318,7 +318,8 @@ def copies_among(
         return []
     import torch
 
-    from weightshare.sharing.agreement import inner_products, normalised
+    from weightshare.sharing.agreement import normalised
+    from weightshare.sharing.products import inner_products
     from weightshare.sharing.sketch import CountSketch
 
     alive = [i for i, norm in enumerate(norms) if norm > 0]
@@ -329,7 +330,8 @@ def copies_among(
         # Rows are read-only views of messages; torch warns of writing to them, which nobody does.
         warnings.simplefilter("ignore", UserWarning)
         kept = [sketch("update", torch.from_numpy(rows[i])) / norms[i] for i in alive]
-    near = normalised(inner_products(kept, kept)).numpy() >= threshold
+    products = inner_products({"update": kept}, len(kept))["update"]
+    near = normalised(products).numpy() >= threshold
     groups: list[set[int]] = []
     for i in range(len(alive)):
         touched = [g for g in groups if any(near[i, j] for j in g)]

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from weightshare.federated import wire
 from weightshare.federated.vectors import Vector, products, squared_norm, weighted_sum
-from weightshare.sharing.agreement import inner_products, normalised
+from weightshare.sharing.agreement import normalised
+from weightshare.sharing.products import inner_products
 
 Double = NDArray[np.float64]
 
@@ -140,7 +141,8 @@ class FoolsGold(UpdateStrategy):
         for node, update in updates.items():
             self.history[node] = self.history.get(node, np.zeros_like(update)) + update
         kept = [torch.from_numpy(self.history[node]) for node in updates]
-        cosines = normalised(inner_products(kept, kept)).nan_to_num().numpy()
+        products = inner_products({"history": kept}, len(kept))["history"]
+        cosines = normalised(products).nan_to_num().numpy()
         weights = foolsgold_weights(cosines)
         rows = list(updates.values())
         if weights.sum() <= 0:

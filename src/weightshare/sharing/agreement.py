@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from weightshare.errors import UserError
-from weightshare.sharing.ghost import Factors
 from weightshare.sharing.gradients import Kept
+from weightshare.sharing.products import inner_products, to_cpu
 
 Estimate = Literal["debiased", "paper"]
 
@@ -76,56 +76,46 @@ class Gram:
             raise UserError("two users have the same label; give each its own.")
         self.blocks: dict[str, list[Context]] = {}
         self._lengths: list[int] = []  # batches of the closed contexts
-        self._rows: dict[str, list[list[Kept | None]]] = {}
-        self._open: dict[str, Context] = {}
+        self._rows: dict[str, list[list[Kept | None]]] = {}  # of the open context
+        self._columns: dict[str, list[Tensor | None]] = {}  # its products, where they were made
+        self._open: dict[str, Context] = {}  # the same as matrices, made when they are read
 
     def update(self, gradients: Mapping[str, Mapping[Hashable, Kept]]) -> "Gram":
-        """Add one batch, ``gradients[tensor][user]``; returns itself."""
+        """Add one batch, ``gradients[tensor][user]``; returns itself. Does not wait for a GPU."""
         done = max(map(len, self._rows.values()), default=0)
-        columns: dict[str, Tensor] = {}
         for name in dict.fromkeys([*self.blocks, *self._rows, *gradients]):
             # A tensor first met now was not used before.
             if name not in self.blocks:
-                self.blocks[name] = [self._unused(n) for n in self._lengths]
+                self.blocks[name] = [_unused(n, len(self.labels)) for n in self._lengths]
             if name not in self._rows:
                 self._rows[name] = [[None] * len(self.labels) for _ in range(done)]
-                if done:
-                    self._open[name] = self._unused(done)
+                self._columns[name] = [None] * done
             found = gradients.get(name, {})
             self._rows[name].append([found.get(label) for label in self.labels])
-            flat = [row for batch in self._rows[name] for row in batch]
-            columns[name] = inner_products(flat, self._rows[name][-1])
-        for name, column in _to_cpu(columns).items():
-            self._append(name, column)
+        flat = {name: [row for b in rows for row in b] for name, rows in self._rows.items()}
+        for name, column in inner_products(flat, len(self.labels)).items():
+            self._columns[name].append(column)
+        self._open = {}
         return self
-
-    def _unused(self, n: int) -> Context:
-        k = len(self.labels)
-        return Context(
-            torch.zeros(n, k, n, k, dtype=torch.float64), torch.zeros(n, k, dtype=torch.bool)
-        )
-
-    def _append(self, name: str, column: Tensor) -> None:
-        n, k = len(self._rows[name]), len(self.labels)
-        column = column.view(n, k, k)
-        column[-1] = (column[-1] + column[-1].T) / 2  # symmetric to the last bit
-        context = self._unused(n)
-        if n > 1:
-            context.products[:-1, :, :-1] = self._open[name].products
-            context.used[:-1] = self._open[name].used
-        context.products[:, :, -1] = column
-        context.products[-1] = column.permute(2, 0, 1)
-        context.used[-1] = column[-1].diagonal() > 0
-        self._open[name] = context
 
     def close(self) -> "Gram":
         """End the context: its rows are dropped, the next ``update`` begins another."""
-        if self._open:
-            self._lengths.append(len(next(iter(self._open.values()))))
-        for name, context in self._open.items():
+        for name, context in self._opened().items():
             self.blocks[name].append(context)
-        self._rows, self._open = {}, {}
+        if self._rows:
+            self._lengths.append(len(next(iter(self._rows.values()))))
+        self._rows, self._columns, self._open = {}, {}, {}
         return self
+
+    def _opened(self) -> dict[str, Context]:
+        """The open context of each tensor."""
+        if self._columns and not self._open:
+            made = [c for columns in self._columns.values() for c in columns if c is not None]
+            moved = iter(to_cpu(made))
+            for name, columns in self._columns.items():
+                here = [None if c is None else next(moved) for c in columns]
+                self._open[name] = _assembled(here, len(self.labels))
+        return self._open
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -164,7 +154,8 @@ class Gram:
         return [_total(blocks) for blocks in zip(*map(self._contexts, self.tensors), strict=True)]
 
     def _contexts(self, name: str) -> list[Context]:
-        return [*self.blocks.get(name, []), *([self._open[name]] if name in self._open else [])]
+        opened = self._opened()
+        return [*self.blocks.get(name, []), *([opened[name]] if name in opened else [])]
 
     def products(self, estimate: Estimate = "debiased") -> Tensor:
         """Estimated inner products of the users' mean gradients, ``(K, K)``: a mean over contexts.
@@ -302,45 +293,24 @@ class Gram:
         return centre - reach * error, centre + reach * error
 
 
-def inner_products(rows: Sequence[Kept | None], new: Sequence[Kept | None]) -> Tensor:
-    """``⟨row_i, new_j⟩``, ``(len(rows), len(new))`` float64; zero where one is None."""
-    left = [i for i, row in enumerate(rows) if row is not None]
-    right = [j for j, row in enumerate(new) if row is not None]
-    ours, theirs = [rows[i] for i in left], [new[j] for j in right]
-    if not ours or not theirs:
-        return torch.zeros(len(rows), len(new), dtype=torch.float64)
-    if any(isinstance(row, Factors) for row in [*ours, *theirs]):
-        values = torch.stack([torch.stack([a.inner(b) for b in theirs]) for a in ours])  # type: ignore[union-attr, arg-type]
-    else:
-        values = _chunked([a.reshape(-1) for a in ours], [b.reshape(-1) for b in theirs])  # type: ignore[union-attr]
-    if len(left) == len(rows) and len(right) == len(new):
-        return values
-    result = values.new_zeros(len(rows), len(new))
-    result[torch.tensor(left)[:, None], torch.tensor(right)] = values
-    return result
+def _unused(batches: int, users: int) -> Context:
+    return Context(
+        torch.zeros(batches, users, batches, users, dtype=torch.float64),
+        torch.zeros(batches, users, dtype=torch.bool),
+    )
 
 
-def _to_cpu(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All matrices in one transfer: a wait for the GPU per tensor would cost more than they do."""
-    if len({column.device for column in columns.values()}) != 1:
-        return {name: column.cpu() for name, column in columns.items()}
-    flat = torch.cat([column.reshape(-1) for column in columns.values()]).cpu()
-    parts = flat.split([column.numel() for column in columns.values()])
-    return {
-        name: part.view_as(column)
-        for (name, column), part in zip(columns.items(), parts, strict=True)
-    }
-
-
-def _chunked(ours: list[Tensor], theirs: list[Tensor], entries: int = 2**22) -> Tensor:
-    """Products in double precision without a double copy of whole gradients."""
-    step = max(1, entries // (len(ours) + len(theirs)))
-    values = torch.zeros(len(ours), len(theirs), dtype=torch.float64, device=ours[0].device)
-    for start in range(0, len(ours[0]), step):
-        a = torch.stack([row[start : start + step].double() for row in ours])
-        b = torch.stack([row[start : start + step].double() for row in theirs])
-        values += a @ b.T
-    return values
+def _assembled(columns: Sequence[Tensor | None], users: int) -> Context:
+    """M from its columns: that of batch b holds the products with batches 0 to b."""
+    context = _unused(len(columns), users)
+    for b, column in enumerate(columns):
+        if column is not None:
+            column = column.view(b + 1, users, users)
+            column[b] = (column[b] + column[b].T) / 2  # symmetric to the last bit
+            context.products[: b + 1, :, b] = column
+            context.products[b, :, : b + 1] = column.permute(2, 0, 1)
+            context.used[b] = column[b].diagonal() > 0
+    return context
 
 
 def normalised(products: Tensor) -> Tensor:

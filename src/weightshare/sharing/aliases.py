@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from weightshare.errors import UserError
 from weightshare.sharing.ghost import GhostLinear
-from weightshare.sharing.gradients import Gradients, Keep, Kept, check_loss
+from weightshare.sharing.gradients import Gradients, Keep, Kept, check_finite, check_loss
 from weightshare.sharing.uses import Use, View, find_uses
 
 
@@ -56,7 +56,9 @@ class PerUse:
             ) from None
         finally:
             self._observing = True
-        return self.take()
+        received = self.take()
+        check_finite(loss)
+        return received
 
     def take(self) -> Gradients[Use]:
         """What has arrived since the last call; for use after an ordinary ``loss.backward()``.
@@ -200,9 +202,10 @@ class _Aliasing(TorchFunctionMode):
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
+        declared = any(hasattr(module, "shared_uses") for module in model.modules())
         self.views = {
             (parameter, u.view.label): u
-            for parameter, uses in find_uses(model).items()
+            for parameter, uses in (find_uses(model) if declared else {}).items()
             for u in uses
             if u.view
         }

@@ -28,14 +28,19 @@ def check_loss(loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise UserError(f"the loss is {shape}; it must be a tensor with one value.")
+    if not loss.requires_grad:
+        check_finite(loss)
+        raise UserError("the loss does not depend on any trainable parameter of the model.")
+
+
+def check_finite(loss: Tensor) -> None:
+    """To be called after the backward pass: a GPU is not waited for before its work is queued."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise UserError(
             f"the loss is {value}, not a finite number; "
             "check the batch and the model's weights before measuring agreement."
         )
-    if not loss.requires_grad:
-        raise UserError("the loss does not depend on any trainable parameter of the model.")
 
 
 def user_gradients(
@@ -68,6 +73,7 @@ def user_gradients(
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     found[name][user] = keep(name, gradient) if keep else gradient
+            check_finite(value)
             del gradients, value
         yield found
 
@@ -93,6 +99,7 @@ def task_gradients(
         for (name, _), gradient in zip(parameters.items(), gradients, strict=True):
             if gradient is not None:
                 found[name][user] = keep(name, gradient) if keep else gradient
+        check_finite(loss)
     return found
 
 

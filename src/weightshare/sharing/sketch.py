@@ -3,6 +3,7 @@
 import zlib
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class CountSketch:
 
     size: int = 4096
     seed: int = 0
-    _hashes: dict[tuple[str, int, torch.device], tuple[int, Tensor, Tensor]] = field(
+    _hashes: dict[Any, tuple[int, Tensor, Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -48,22 +49,24 @@ class CountSketch:
             flat = flat.float()
         if len(flat) <= self.size:
             return flat
-        m, chunk_signs, diagonal = self._hash(name, len(flat), flat.device)
-        whole = len(flat) // m
-        signs = diagonal.as_strided((whole + 1, m), (1, 1))
-        chunk_signs = chunk_signs.to(flat.dtype)
-        sketch = torch.zeros(m, dtype=flat.dtype, device=flat.device)
+        m, signs, chunk_signs, last = self._hash(name, len(flat), flat.device, flat.dtype)
+        whole = len(chunk_signs)
+        chunks = flat[: whole * m].view(whole, m)
         step = max(1, 2**22 // m)  # a few million entries at a time bound the extra memory
-        for start in range(0, whole, step):
-            stop = min(start + step, whole)
-            chunks = flat[start * m : stop * m].view(-1, m) * signs[start:stop]
-            sketch.addmv_(chunks.T, chunk_signs[start:stop])
-        rest = flat[whole * m :]
-        sketch[: len(rest)] += chunk_signs[whole] * signs[whole, : len(rest)] * rest
+        if whole <= step:
+            sketch = torch.mv((chunks * signs).T, chunk_signs)
+        else:
+            sketch = torch.zeros(m, dtype=flat.dtype, device=flat.device)
+            for rows in map(slice, range(0, whole, step), range(step, whole + step, step)):
+                sketch.addmv_((chunks[rows] * signs[rows]).T, chunk_signs[rows])
+        sketch[: len(last)] += last * flat[whole * m :]
         return sketch
 
-    def _hash(self, name: str, numel: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
-        key = (name, numel, device)
+    def _hash(
+        self, name: str, numel: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[int, Tensor, Tensor, Tensor]:
+        """m, the signs of the whole chunks ``(c, m)`` and ``(c,)``, and of what is left."""
+        key = (name, numel, device, dtype)
         if key not in self._hashes:
             # Drawn on the CPU, so that ranks on different devices hash alike.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
@@ -71,8 +74,10 @@ class CountSketch:
             m = primes[int(torch.randint(len(primes), (), generator=generator))]
             chunks = numel // m + 1
             drawn = torch.randint(2, (2 * chunks + m,), generator=generator, dtype=torch.int8)
-            signs = (2 * drawn - 1).to(device=device, dtype=torch.float32)
-            self._hashes[key] = m, signs[:chunks], signs[chunks:]
+            by_chunk, diagonal = (2 * drawn - 1).to(device, dtype).split([chunks, chunks + m])
+            signs = diagonal.as_strided((chunks, m), (1, 1), diagonal.storage_offset())
+            last = by_chunk[-1] * signs[-1, : numel - (chunks - 1) * m]
+            self._hashes[key] = m, signs[:-1], by_chunk[:-1], last
         return self._hashes[key]
 
 

@@ -1,0 +1,73 @@
+"""Inner products of gradients, for all tensors of a batch in a few large operations."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from weightshare.sharing.ghost import Factors
+from weightshare.sharing.gradients import Kept
+
+Rows = Sequence[Kept | None]
+
+ENTRIES = 2**23
+"""Entries that exist in double precision at a time: 64 MB."""
+
+
+def inner_products(rows: Mapping[str, Rows], new: int) -> dict[str, Tensor]:
+    """``⟨row_i, row_j⟩`` of each tensor's rows i with its last ``new`` rows j.
+
+    ``(rows, new)`` float64 on the rows' device, zero where a row is None. In double precision, so
+    that gradients of any scale keep their cosine. Tensors of one shape are multiplied together: on
+    a GPU the launch of a kernel per pair would cost more than the products.
+    """
+    result: dict[str, Tensor] = {}
+    alike: dict[tuple, list[str]] = {}
+    for name, each in rows.items():
+        if all(isinstance(row, Tensor) for row in each):
+            first = each[0]
+            alike.setdefault((len(each), first.numel(), first.dtype, first.device), []).append(name)  # type: ignore[union-attr]
+        else:
+            result[name] = _some(each, new)
+    for names in alike.values():
+        values = _batched([rows[name] for name in names], new)  # type: ignore[misc]
+        result |= zip(names, values, strict=True)
+    return result
+
+
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All in one transfer: a wait for the GPU each would cost more than the products do."""
+    if len({tensor.device for tensor in tensors}) != 1:
+        return [tensor.cpu() for tensor in tensors]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _batched(rows: Sequence[Sequence[Tensor]], new: int) -> Tensor:
+    """``(tensors, rows, new)``, without a double copy of whole gradients."""
+    tensors, count, size = len(rows), len(rows[0]), rows[0][0].numel()
+    flat = [row.reshape(-1) for each in rows for row in each]
+    values = torch.zeros(tensors, count, new, dtype=torch.float64, device=flat[0].device)
+    step = max(1, ENTRIES // len(flat))
+    for start in range(0, size, step):
+        part = flat if size <= step else [row[start : start + step] for row in flat]
+        wide = torch.stack(part).double().view(tensors, count, -1)
+        values.baddbmm_(wide, wide[:, count - new :].mT)
+    return values
+
+
+def _some(rows: Rows, new: int) -> Tensor:
+    """One tensor some of whose users have no gradient, or have it as factors."""
+    there = [i for i, row in enumerate(rows) if row is not None]
+    late = [i for i in there if i >= len(rows) - new]
+    if not late:
+        return torch.zeros(len(rows), new, dtype=torch.float64)
+    if any(isinstance(rows[i], Factors) for i in there):
+        values = torch.stack([torch.stack([rows[i].inner(rows[j]) for j in late]) for i in there])  # type: ignore[union-attr, arg-type]
+    else:
+        values = _batched([[rows[i] for i in there]], len(late))[0]  # type: ignore[misc]
+    result = values.new_zeros(len(rows), new)
+    at = torch.tensor(late) - (len(rows) - new)
+    result[torch.tensor(there)[:, None], at] = values
+    return result
