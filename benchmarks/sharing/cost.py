@@ -1,7 +1,8 @@
 """What it costs to tell the uses of a weight apart.
 
 1. A measuring step (forward, one backward with a gradient per use, Gram matrix) against a training
-   step (forward, backward, AdamW) of the same model and batch, in time and peak memory.
+   step (forward, backward, AdamW) of the same model and batch, in time and peak memory: at sizes
+   where arithmetic takes the time, and at one where launching kernels does.
 2. The Gram matrix of K losses on a net that shares nothing, against TorchJD's Gram engine, where
    that package is installed.
 3. The error of a sketched cosine against the size of the sketch, on real gradients.
@@ -72,23 +73,28 @@ def shared_names(model):
 
 
 class Steps:
-    """The steps that are compared, on one model and one batch."""
+    """The steps that are compared, ``BATCHES`` of each on one model and one batch."""
 
-    def __init__(self, model, ids):
+    def __init__(self, model, ids, dtype=torch.float32):
         self.model, self.ids = model, ids
+        self.autocast = torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         self.names = shared_names(model)
-        self.grams = {}
+
+    def loss(self):
+        with self.autocast:
+            return loss_of(self.model, self.ids)
 
     def train(self):
-        loss_of(self.model, self.ids).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for _ in range(BATCHES):
+            self.loss().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def measure(self, keep=None, factors=False):
         with per_use(self.model, self.names, keep=keep, factors=factors) as uses:
-            found = uses.gradients(loss_of(self.model, self.ids))
-        self.compare(found)
+            for _ in range(BATCHES):
+                self.compare(uses.gradients(self.loss()))
 
     def compare(self, found):
         """One Gram matrix per group of blocks, as an audit keeps them."""
@@ -101,15 +107,19 @@ class Steps:
 
     def measure_while_training(self, keep):
         with per_use(self.model, self.names, keep=keep) as uses:
-            loss_of(self.model, self.ids).backward()
-            found = uses.take()
-        self.compare(found)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            for _ in range(BATCHES):
+                self.loss().backward()
+                self.compare(uses.take())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
 
-def race(variants, device, repeats):
-    """Least seconds and peak bytes of each step; rounds alternate, so that load hits all alike."""
+BATCHES = 3
+"""Batches in one context, as an audit has them: opening it is not part of every step."""
+
+
+def race(variants, device, repeats, batches=1):
+    """Least seconds per batch and peak bytes; rounds alternate, so that load hits all alike."""
     cuda = device.type == "cuda"
     seconds, peaks = dict.fromkeys(variants, math.inf), dict.fromkeys(variants)
     for number in range(repeats + 1):
@@ -123,39 +133,54 @@ def race(variants, device, repeats):
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated()
             if number:  # the first round warms up
-                seconds[name] = min(seconds[name], time.perf_counter() - began)
+                taken = (time.perf_counter() - began) / batches
+                seconds[name] = min(seconds[name], taken)
     return {name: (seconds[name], peaks[name]) for name in variants}
 
 
+# width, blocks, uses per weight, sequences, tokens of each, type
+QUICK = [(64, 4, 2, 2, 64, "float32"), (64, 4, 4, 2, 64, "bfloat16")]
+CPU = [(256, 6, 2, 8, 128, "float32"), (256, 6, 6, 8, 128, "float32")]
+GPU = [
+    (512, 12, 4, 8, 256, "float32"),
+    (1024, 12, 12, 16, 512, "float32"),
+    (1024, 24, 24, 16, 512, "bfloat16"),
+    (2048, 12, 12, 8, 512, "float32"),
+    (2048, 12, 4, 16, 512, "bfloat16"),
+    (2048, 24, 24, 16, 512, "bfloat16"),
+]
+
+
 def steps_table(device, quick):
-    # Large enough that arithmetic, not the launching of kernels, takes the time.
-    full = (1024, 12, 16, 512) if device.type == "cuda" else (256, 6, 8, 128)
-    width, depth, batch, length = (64, 4, 2, 64) if quick else full
-    ids = torch.randint(4096, (batch, length), device=device)
     rows = []
-    for group in (2, 4):
+    for size in QUICK if quick else GPU if device.type == "cuda" else CPU:
+        width, depth, group, batch, length, dtype = size
         torch.manual_seed(0)
-        steps = Steps(Folded(depth, group, width).to(device), ids)
+        ids = torch.randint(4096, (batch, length), device=device)
+        steps = Steps(Folded(depth, group, width).to(device), ids, getattr(torch, dtype))
         sketch = CountSketch(4096)
         variants = {
             "training step": steps.train,
             "measure, whole gradients": steps.measure,
             "measure, sketches": lambda s=steps, k=sketch: s.measure(k),
-            "measure, factors": lambda s=steps: s.measure(factors=True),
             "train and measure, sketches": lambda s=steps, k=sketch: s.measure_while_training(k),
         }
-        found = race(variants, device, 5 if quick else 6)
+        if width < 1024:  # factors pay for few tokens only; these are many
+            variants["measure, factors"] = lambda s=steps: s.measure(factors=True)
+        found = race(variants, device, 3, BATCHES)
         base = found["training step"]
+        where = f"width {width}, {depth} blocks, {group} uses, {batch} x {length} {dtype}"
         for name, (seconds, peak) in found.items():
             rows.append(
                 {
-                    "step": f"{group} uses per weight: {name}",
+                    "step": f"{where}: {name}",
                     "ms": round(1e3 * seconds, 1),
                     "time_ratio": round(seconds / base[0], 2),
                     "peak_MB": peak and round(peak / 1e6),
                     "memory_ratio": peak and round(peak / base[1], 2),
                 }
             )
+        del steps, variants
     return rows
 
 
@@ -240,7 +265,7 @@ def users_table(device, quick):
             "sketched": lambda s=steps: s.measure(CountSketch(4096)),
         }
         row = {"users": users}
-        for name, (seconds, peak) in race(variants, device, 3).items():
+        for name, (seconds, peak) in race(variants, device, 3, BATCHES).items():
             row |= {f"{name}_ms": round(1e3 * seconds, 1), f"{name}_MB": peak and round(peak / 1e6)}
         rows.append(row)
     return rows
@@ -250,11 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small nets: under a minute on a CPU")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
+    name = "sharing_cost" if device.type == "cpu" else "sharing_cost_cuda"
+    file = options.out or folder / f"{name}.json"
     result = {
         "command": " ".join(["python", "benchmarks/sharing/cost.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread",
@@ -267,11 +295,11 @@ def main() -> None:
         "sketch": ("error of a sketched cosine", sketch_table),
         "users": ("growth with the number of users", users_table),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     for key, (title, table) in tables.items():
         result[key] = table(device, options.quick)
         show_table(title, result[key])
-        (folder / "sharing_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from itertools import combinations_with_replacement, product
 import torch
 from torch import Tensor, nn
 
+from weightshare.equivariant.pointwise import Gelu
+
 
 def monomials(x: Tensor, degree: int) -> Tensor:
     """All distinct monomials of degree 1 to ``degree`` of the last axis, in lexicographic order."""
@@ -49,7 +51,7 @@ class KernelBasis(nn.Module):
         self.inputs, self.degree = inputs, degree
         self.first = nn.Linear(len(exponents(inputs, degree)), hidden)
         self.second = nn.Linear(hidden, basis)
-        self.gelu = nn.GELU()
+        self.gelu = Gelu()
         published = nn.Linear(sum(inputs**size for size in range(1, degree + 1)), hidden)
         with torch.no_grad():
             self.first.weight.copy_(fold_duplicates(published.weight, inputs, degree))

@@ -18,6 +18,7 @@ from weightshare.equivariant.invariants import (
     window,
 )
 from weightshare.equivariant.pairs import Pairs
+from weightshare.equivariant.pointwise import Gelu, LayerNorm
 from weightshare.equivariant.recomputed import recomputed
 
 
@@ -25,9 +26,10 @@ from weightshare.equivariant.recomputed import recomputed
 class Kernels:
     """Basis functions of one input, shared by all layers.
 
-    ``spatial`` (pairs, N, K), or (pairs, N', N, K) for the full convolution; None where every layer
-    computes it again to save memory. ``fibre`` (N, N, K) or None. ``weights`` (N,) integrate over
-    the sender's orientation.
+    ``spatial`` (pairs, N, K), or (pairs, N', N, K) for the full convolution; of the first half of
+    the orientations where the second is its opposite; None where every layer computes it again to
+    save memory. ``fibre`` (N, N, K) or None. ``weights`` (N,) integrate over the sender's
+    orientation. ``seen`` are the orientations of ``spatial``.
     """
 
     pairs: Pairs
@@ -36,6 +38,7 @@ class Kernels:
     weights: Tensor
     source: "BasisFunctions | None"
     grid: Tensor | None
+    seen: Tensor | None = None
 
 
 class BasisFunctions(nn.Module):
@@ -102,22 +105,36 @@ class BasisFunctions(nn.Module):
             return basis
         return basis * fade[(...,) + (None,) * (basis.ndim - fade.ndim)]
 
-    def forward(self, pairs: Pairs, grid: Tensor | None, weights: Tensor) -> Kernels:
-        """Everything the layers need of one input."""
-        spatial = None if self.recompute else self.evaluate(pairs, grid)
+    def forward(
+        self, pairs: Pairs, grid: Tensor | None, weights: Tensor, antipodal: bool = False
+    ) -> Kernels:
+        """Everything the layers need of one input; ``antipodal``: the grid's second half is minus
+        its first."""
+        seen = grid
+        if grid is not None and antipodal and pairs.mutual and not self.full:
+            seen = grid[: len(grid) // 2]
+        spatial = None if self.recompute else self.evaluate(pairs, seen)
         fibre = None
         if self.fibre is not None and grid is not None:
             fibre = self.fibre(fibre_invariants(grid, self.mode))
-        return Kernels(pairs, spatial, fibre, weights, self, grid)
+        return Kernels(pairs, spatial, fibre, weights, self, grid, seen)
 
 
 def spatial_message(field: Tensor, weight: Tensor, pairs: Pairs, basis: Tensor) -> Tensor:
     r""":math:`x_1[i,o,c] = \sum_{j \to i} (W b_{ij,o})_c\, x[j,o,c]`.
 
     The one place where pairs, orientations and channels meet: nearly all time and memory go here.
+    On an antipodal grid the kernel from j to i at -o is that from i to j at o: a basis of the first
+    half of the orientations is enough.
     """
     kernel = basis @ weight.T
-    return pairs.sum(kernel * pairs.senders(field))
+    if kernel.shape[-2] == field.shape[-2]:
+        return pairs.sum(kernel * pairs.senders(field))
+    ahead, behind = field.chunk(2, -2)
+    back = pairs.reversed()
+    return torch.cat(
+        [pairs.sum(kernel * pairs.senders(ahead)), back.sum(kernel * back.senders(behind))], -2
+    )
 
 
 def full_message(
@@ -133,7 +150,7 @@ def again(
     message: Callable[..., Tensor], field: Tensor, weight: Tensor, kernels: Kernels, *more: Tensor
 ) -> Tensor:
     """A message whose basis is computed for it alone, and again in every backward pass."""
-    pairs, source, grid = kernels.pairs, kernels.source, kernels.grid
+    pairs, source, grid = kernels.pairs, kernels.source, kernels.seen
     assert source is not None
 
     def whole(field: Tensor, weight: Tensor, delta: Tensor, *parameters: Tensor) -> Tensor:
@@ -265,10 +282,10 @@ class ConvNextBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, widening * channels),
-            nn.GELU(),
+            Gelu(),
             nn.Linear(widening * channels, channels),
         )
         self.layer_scale = (

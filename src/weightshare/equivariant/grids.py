@@ -101,6 +101,18 @@ def repulsion(orientations: int, seed: int = 0, steps: int = 500) -> Tensor:
     return torch.nn.functional.normalize(free.detach(), dim=-1)
 
 
+def antipodal_order(grid: Tensor) -> Tensor | None:
+    """An order of a grid of directions in which its second half is minus its first, (N,), or None
+    where some orientation has no opposite."""
+    if grid.ndim != 2:
+        return None
+    opposite = torch.cdist(grid, -grid).argmin(1)
+    if (grid[opposite] + grid).abs().max() > 1e-9 or len(grid) % 2:
+        return None
+    first = (torch.arange(len(grid), device=grid.device) < opposite).nonzero()[:, 0]
+    return torch.cat([first, opposite[first]])
+
+
 def quadrature_weights(grid: Tensor) -> Tensor:
     """Share of the circle or sphere that is nearer to each orientation than to any other, (N,).
 

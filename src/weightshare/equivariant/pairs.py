@@ -12,8 +12,9 @@ from weightshare.errors import UserError
 class Pairs:
     """Sender minus receiver for every pair that exchanges a message, and how messages are summed.
 
-    *Dense*: ``delta`` (B, m, m, d) with receivers on the first m; ``weight`` (B, 1, m) is 0 for
-    padding. *Edges*: ``delta`` (E, d) with ``source`` and ``target`` (E,). Both give equal numbers.
+    *Dense*: ``delta`` (B, m, m, d) with receivers on the first m; ``weight`` (B, m, m) is 0 where
+    one of the two is padding. *Edges*: ``delta`` (E, d) with ``source`` and ``target`` (E,). Both
+    give equal numbers. ``mutual``: with every pair the reverse one is there too.
     """
 
     delta: Tensor
@@ -21,6 +22,7 @@ class Pairs:
     source: Tensor | None = None
     target: Tensor | None = None
     weight: Tensor | None = None
+    mutual: bool = False
 
     def senders(self, field: Tensor) -> Tensor:
         """The field at the sender of every pair: (..., pairs, N, C)."""
@@ -33,25 +35,48 @@ class Pairs:
         out = messages.new_zeros(self.nodes, *messages.shape[1:])
         return out.index_add(0, self.target, messages)
 
+    def reversed(self) -> "Pairs":
+        """The same pairs with senders and receivers exchanged; only for ``senders`` and ``sum``."""
+        if self.source is None:
+            return _Transposed(self.delta)
+        return replace(self, source=self.target, target=self.source)
+
     def at(self, delta: Tensor) -> "Pairs":
         """The same pairs with other differences (for recomputation)."""
         return replace(self, delta=delta)
 
 
+class _Transposed(Pairs):
+    """Dense pairs with receivers on the second axis."""
+
+    def senders(self, field: Tensor) -> Tensor:
+        return field.unsqueeze(-3)
+
+    def sum(self, messages: Tensor) -> Tensor:
+        return messages.sum(-4)
+
+
 def dense_pairs(positions: Tensor, mask: Tensor | None = None) -> Pairs:
     """All pairs within each of B graphs of m points, a point with itself included: (B, m, d)."""
     delta = positions.unsqueeze(-3) - positions.unsqueeze(-2)
-    weight = None if mask is None else mask.unsqueeze(-2).to(positions.dtype)
-    return Pairs(delta, weight=weight)
+    weight = None
+    if mask is not None:
+        weight = (mask.unsqueeze(-2) & mask.unsqueeze(-1)).to(positions.dtype)
+    return Pairs(delta, weight=weight, mutual=True)
 
 
 def edge_pairs(
-    positions: Tensor, edges: Tensor, offsets: Tensor | None = None, self_loops: bool = True
+    positions: Tensor,
+    edges: Tensor,
+    offsets: Tensor | None = None,
+    self_loops: bool = True,
+    mutual: bool = False,
 ) -> Pairs:
     """Pairs of an edge list (2, E), row 0 the sender and row 1 the receiver.
 
     ``offsets`` (E, d) is added to the sender's position (periodic images). With ``self_loops``
-    every point also hears itself, once, whether or not the list holds that edge.
+    every point also hears itself, once, whether or not the list holds that edge. ``mutual`` promises
+    that with every edge the list holds its reverse.
     """
     if self_loops:
         keep = edges[0] != edges[1]
@@ -66,7 +91,7 @@ def edge_pairs(
     delta = positions[source] - positions[target]
     if offsets is not None:
         delta = delta + offsets
-    return Pairs(delta, len(positions), source, target)
+    return Pairs(delta, len(positions), source, target, mutual=mutual)
 
 
 def full_edges(batch: Tensor) -> Tensor:

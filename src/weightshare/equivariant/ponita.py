@@ -136,6 +136,7 @@ class Ponita(nn.Module):
         # Both are part of what was learnt: another grid is another network.
         self.register_buffer("grid", grid)
         self.register_buffer("weights", weights)
+        self._order: tuple[Tensor, int, Tensor | None] | None = None
         full = convolution == "full"
         self.functions = BasisFunctions(
             grid, invariants, chiral, full, hidden, basis, degree,
@@ -178,6 +179,7 @@ class Ponita(nn.Module):
         batch: Tensor | None = None,
         graphs: int | None = None,
         mask: Tensor | None = None,
+        mutual: bool = False,
     ) -> Readout:
         """Read-outs of points or graphs.
 
@@ -189,6 +191,8 @@ class Ponita(nn.Module):
             edges: (2, E) senders and receivers, or "full"; without, the cutoff builds them.
             offsets: (E, d) added to the sender's position, for periodic images.
             graphs: number of graphs, where the last may be empty.
+            mutual: the given edges hold with every edge its reverse (and the negative offset):
+                on an antipodal grid half of the kernels are then enough.
 
         Raises:
             UserError: shapes do not fit, coordinates are not finite, edges are missing.
@@ -217,11 +221,11 @@ class Ponita(nn.Module):
                 if self.level == "graph":
                     return found
                 return Readout(*(one.flatten(0, 1) for one in found))
-            edges = full_edges(batch)
+            edges, mutual = full_edges(batch), True
         elif edges is None:
             assert self.cutoff is not None
-            edges = radius_edges(positions.detach(), self.cutoff, batch)
-        pairs = edge_pairs(positions, edges, offsets, self.self_loops)
+            edges, mutual = radius_edges(positions.detach(), self.cutoff, batch), True
+        pairs = edge_pairs(positions, edges, offsets, self.self_loops, mutual)
         field, kernels = self._start(pairs, *inputs)
         return self._finish(field, kernels, batch=batch, graphs=graphs)
 
@@ -232,8 +236,20 @@ class Ponita(nn.Module):
         if self.random_grid and grid is not None:
             turn = grids.random_rotations(1, self.dim)[0].to(grid)
             grid = grid @ turn.T if grid.ndim == 2 else turn @ grid
-        kernels: Kernels = self.functions(pairs, grid, self.weights.to(dtype))
+        weights, order = self.weights.to(dtype), self._antipodal_order()
+        if order is not None and grid is not None:
+            grid, weights = grid[order], weights[order]
+        kernels: Kernels = self.functions(pairs, grid, weights, order is not None)
         return self.embed(fields.lift(grid, *inputs)), kernels
+
+    def _antipodal_order(self) -> Tensor | None:
+        """See ``grids.antipodal_order``; found again only when the grid has changed."""
+        if self.grid is None:
+            return None
+        version = 0 if self.grid.is_inference() else self.grid._version
+        if self._order is None or self._order[0] is not self.grid or self._order[1] != version:
+            self._order = (self.grid, version, grids.antipodal_order(self.grid))
+        return self._order[2]
 
     def _finish(
         self,

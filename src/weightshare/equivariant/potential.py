@@ -100,6 +100,7 @@ class PonitaPotential(nn.Module):
         forces: bool = True,
         stress: bool = False,
         create_graph: bool = False,
+        mutual: bool = False,
     ) -> Prediction:
         """Energies and their derivatives.
 
@@ -111,6 +112,7 @@ class PonitaPotential(nn.Module):
                 built from the cutoff.
             cell: (3, 3) or (graphs, 3, 3) Å, lattice vectors in rows.
             pbc: periodic directions (3,) of a single structure.
+            mutual: ``edges`` hold with every edge its reverse, as those of ``neighbour_list`` do.
             create_graph: let forces be differentiated again (training, Hessians).
 
         Raises:
@@ -128,6 +130,7 @@ class PonitaPotential(nn.Module):
                 graphs = (int(batch.max()) + 1 if len(batch) else 1) if graphs is None else graphs
                 lattice = None if cell is None else cell.reshape(-1, 3, 3)
                 if edges is None and lattice is not None:
+                    mutual = True
                     edges, shifts = self._periodic(x, lattice, pbc, graphs)
             if stress:
                 if not flat or lattice is None or batch is None:
@@ -156,6 +159,7 @@ class PonitaPotential(nn.Module):
                 batch=batch,
                 graphs=graphs,
                 mask=mask,
+                mutual=mutual,
             ).scalars.squeeze(-1)
             shift = features.double() @ self.references
             if mask is not None:

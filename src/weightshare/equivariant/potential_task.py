@@ -46,7 +46,7 @@ class PotentialTask(Task):
         options: dict[str, Any] = {"create_graph": create_graph}
         if "edges" in batch:
             options |= {name: batch[name] for name in ("edges", "shifts", "cell", "batch")}
-            options["graphs"] = len(batch["energy"])
+            options |= {"graphs": len(batch["energy"]), "mutual": True}
             options["stress"] = self.stress_weight > 0
         found: Prediction = self.potential(batch["numbers"], batch["positions"], **options)
         return found

@@ -2,42 +2,34 @@
 
 import gzip
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weightshare.errors import UserError
+from weightshare.federated.samples import Samples
 
 HELD_OUT = 500
 """Digits kept for testing."""
 
 
-class Images(NamedTuple):
-    """Pixels in [0, 1], ``(n, height, width)`` float32, and classes, ``(n,)`` int64."""
+def digits() -> Samples:
+    """1,297 digits of 8 x 8 pixels to train on and 500 to test on, in a fixed order."""
+    from weightshare.data import load_digits
 
-    train: NDArray[np.float32]
-    train_labels: NDArray[np.int64]
-    test: NDArray[np.float32]
-    test_labels: NDArray[np.int64]
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.labels))
+    test, train = order[:HELD_OUT], order[HELD_OUT:]
+    return Samples(found.images[train], found.labels[train], found.images[test], found.labels[test])
 
 
-def load_images(name: str) -> Images:
-    """``digits``, or a folder (or a name in ``WEIGHTSHARE_DATA``) with MNIST's four files.
+def mnist(folder: Path) -> Samples:
+    """The images of a folder with MNIST's four files (MNIST, Fashion-MNIST and their kin).
 
     Raises:
-        UserError: there is no such data, or the files are not what they should be.
+        UserError: the files are not what they should be.
     """
-    from weightshare.data import load_digits, locate
-
-    if name == "digits":
-        digits = load_digits()
-        order = np.random.default_rng(0).permutation(len(digits.labels))
-        test, train = order[:HELD_OUT], order[HELD_OUT:]
-        return Images(
-            digits.images[train], digits.labels[train], digits.images[test], digits.labels[test]
-        )
-    folder = locate(name)
     arrays = [
         _idx(folder / f"{part}-{kind}-idx{dimensions}-ubyte.gz", dimensions)
         for part in ("train", "t10k")
@@ -46,7 +38,7 @@ def load_images(name: str) -> Images:
     images, classes, test, test_classes = arrays
     if len(images) != len(classes) or len(test) != len(test_classes):
         raise UserError(f"{folder} has {len(images)} images for {len(classes)} labels; check it.")
-    return Images(
+    return Samples(
         images.astype(np.float32) / np.float32(255),
         classes.astype(np.int64),
         test.astype(np.float32) / np.float32(255),
@@ -62,7 +54,7 @@ def _idx(path: Path, dimensions: int) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); give digits, or a folder with MNIST's four "
-            ".gz files."
+            ".gz files or with the movie reviews."
         ) from error
     magic, *shape = np.frombuffer(raw, ">u4", 1 + dimensions).tolist() if len(raw) > 16 else [0]
     head = 4 * (1 + dimensions)

@@ -1,23 +1,120 @@
-"""Local training of all simulated participants at once: one batched step for everybody."""
+"""Local training of many simulated participants at once: one batched step for everybody."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from weightshare.federated.config import LocalConfig
-from weightshare.federated.local import Examples, batches_of, layer_sizes, rate_at, steps_of
+from weightshare.federated.local import (
+    Examples,
+    batches_of,
+    layer_sizes,
+    rate_at,
+    steps_of,
+)
 from weightshare.federated.vectors import Vector
 from weightshare.training import Task, total
 
 
-class StackedTraining:
-    """The same steps as ``LoopTraining``, with the models stacked and differentiated by ``vmap``.
+@dataclass(frozen=True)
+class Lesson:
+    """One participant's training in one round."""
 
-    Participants with few samples finish earlier and leave the stack. For models without buffers and
-    without randomness.
+    start: Vector
+    data: Examples
+    name: str
+    number: int
+    config: LocalConfig
+
+
+class Stack:
+    """The steps of ``LoopTraining`` for many models at once, differentiated by ``vmap``.
+
+    Whoever has fewer steps leaves the stack earlier. For models without buffers and without
+    randomness.
+
+    Args:
+        task: gives structure and loss; its weights are not used.
+        data: everyone's (inputs, labels); lessons refer to these very tensors.
+        device: where to compute.
+    """
+
+    def __init__(self, task: Task, data: Sequence[Examples], device: str = "cpu") -> None:
+        self.task, self.device = task, device
+        self._data = list(data)  # kept alive: rows are found by the tensors' identity
+        unique = {_key(each): each for each in data}
+        sizes = [len(labels) for _, labels in unique.values()]
+        self._offsets = dict(zip(unique, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self._inputs = torch.cat([inputs for inputs, _ in unique.values()]).to(device)
+        self._labels = torch.cat([labels for _, labels in unique.values()]).to(device)
+        self._shapes = {n: p.shape for n, p in task.named_parameters() if p.requires_grad}
+        self._edges = np.cumsum([0, *layer_sizes(task)]).tolist()
+        self._gradient = vmap(grad(self._loss))
+
+    def _loss(self, parameters: dict[str, Tensor], batch: Examples) -> Tensor:
+        return total(functional_call(self.task, parameters, (batch,)))
+
+    def train(self, lessons: Sequence[Lesson]) -> list[Vector]:
+        """New weights of each lesson, in the order given."""
+        if not lessons:
+            return []
+        steps = [steps_of(len(lesson.data[1]), lesson.config) for lesson in lessons]
+        order = sorted(range(len(lessons)), key=lambda i: -steps[i])
+        places = torch.zeros(steps[order[0]], len(lessons), self._batch(lessons), dtype=torch.long)
+        rates = torch.zeros(steps[order[0]], len(lessons))
+        for column, i in enumerate(order):
+            lesson = lessons[i]
+            rows, pace = _course(len(lesson.data[1]), lesson.name, lesson.number, lesson.config)
+            places[: steps[i], column] = rows + self._offsets[_key(lesson.data)]
+            rates[: steps[i], column] = pace
+        places, rates = places.to(self.device), rates.to(self.device)
+
+        flat = torch.from_numpy(np.stack([lessons[i].start for i in order])).to(self.device)
+        stacks = {
+            name: flat[:, a:b].reshape(-1, *shape).clone()
+            for (name, shape), (a, b) in zip(
+                self._shapes.items(), pairwise(self._edges), strict=True
+            )
+        }
+        for step in range(len(places)):
+            active = sum(count > step for count in steps)
+            chosen = places[step, :active]
+            now = {name: stack[:active] for name, stack in stacks.items()}
+            gradients = self._gradient(now, (self._inputs[chosen], self._labels[chosen]))
+            for name, gradient in gradients.items():
+                rate = rates[step, :active].view(-1, *[1] * (gradient.ndim - 1))
+                now[name].sub_(rate * gradient)
+        trained = torch.cat([stack.flatten(1) for stack in stacks.values()], 1).cpu().numpy()
+        result: dict[int, Vector] = {i: trained[column] for column, i in enumerate(order)}
+        return [result[i].copy() for i in range(len(lessons))]
+
+    @staticmethod
+    def _batch(lessons: Sequence[Lesson]) -> int:
+        (size,) = {lesson.config.batch_size for lesson in lessons}
+        return size
+
+
+def _key(data: Examples) -> tuple[int, int]:
+    return id(data[0]), id(data[1])
+
+
+@lru_cache(maxsize=1024)
+def _course(size: int, name: str, number: int, config: LocalConfig) -> tuple[Tensor, Tensor]:
+    """Rows ``(steps, batch)`` and learning rates ``(steps,)`` of one round's local steps."""
+    batches = batches_of(torch.zeros(size, 0), name, number, config)
+    steps = range(steps_of(size, config))
+    rates = [rate_at(step, number, size, config) for step in steps]
+    return torch.stack([batches.indices(step) for step in steps]), torch.tensor(rates)
+
+
+class StackedTraining:
+    """``LoopTraining`` with all participants in one stack.
 
     Args:
         task: gives structure and loss; it is not changed.
@@ -33,48 +130,12 @@ class StackedTraining:
         config: LocalConfig,
         device: str = "cpu",
     ) -> None:
-        self.task, self.config, self.device = task.to(device), config, device
-        self.sizes = {name: len(examples[0]) for name, examples in data.items()}
-        self.data = dict(data)
-        places = np.cumsum([0, *self.sizes.values()])
-        self.offsets = dict(zip(self.sizes, places.tolist(), strict=False))
-        self.inputs = torch.cat([inputs for inputs, _ in data.values()]).to(device)
-        self.labels = torch.cat([labels for _, labels in data.values()]).to(device)
-        self.shapes = {n: p.shape for n, p in task.named_parameters() if p.requires_grad}
-        self.layers = layer_sizes(task)
-        self._gradient = vmap(grad(self._loss))
-
-    def _loss(self, parameters: dict[str, torch.Tensor], batch: Examples) -> torch.Tensor:
-        return total(functional_call(self.task, parameters, (batch,)))
+        self.data, self.config = dict(data), config
+        self.stack = Stack(task, list(self.data.values()), device)
 
     def train(self, starts: Mapping[str, Vector], number: int) -> dict[str, Vector]:
-        steps = {name: steps_of(self.sizes[name], self.config) for name in starts}
-        names = sorted(starts, key=lambda name: (-steps[name], name))
-        if not names:
-            return {}
-        flat = torch.from_numpy(np.stack([starts[name] for name in names])).to(self.device)
-        edges = np.cumsum([0, *self.layers])
-        stacks = {
-            name: flat[:, a:b].reshape(-1, *shape).clone()
-            for (name, shape), (a, b) in zip(self.shapes.items(), pairwise(edges), strict=True)
-        }
-        batches = [batches_of(self.data[name], name, number, self.config) for name in names]
-        for step in range(steps[names[0]]):
-            active = sum(steps[name] > step for name in names)
-            rows = torch.stack(
-                [
-                    batches[i].indices(step) + self.offsets[name]
-                    for i, name in enumerate(names[:active])
-                ]
-            ).to(self.device)
-            rates = torch.tensor(
-                [rate_at(step, number, self.sizes[n], self.config) for n in names[:active]],
-                device=self.device,
-            )
-            now = {name: stack[:active] for name, stack in stacks.items()}
-            gradients = self._gradient(now, (self.inputs[rows], self.labels[rows]))
-            for name, gradient in gradients.items():
-                shape = (-1, *[1] * (gradient.ndim - 1))
-                now[name].sub_(rates.view(shape) * gradient)
-        trained = torch.cat([stack.flatten(1) for stack in stacks.values()], 1).cpu().numpy()
-        return {name: trained[i].copy() for i, name in enumerate(names)}
+        lessons = [
+            Lesson(start, self.data[name], name, number, self.config)
+            for name, start in starts.items()
+        ]
+        return dict(zip(starts, self.stack.train(lessons), strict=True))

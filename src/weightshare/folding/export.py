@@ -61,7 +61,15 @@ def export_onnx(source: LanguageModel, file: str | Path) -> None:
     ids = torch.ones(2, 8, dtype=torch.long)
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
     program = torch.onnx.export(
-        model, (ids,), dynamo=True, dynamic_shapes=free, input_names=["input_ids"], verbose=False
+        model,
+        (ids,),
+        dynamo=True,
+        dynamic_shapes=free,
+        input_names=["input_ids"],
+        verbose=False,
+        # The optimizer turns transposed weights into constants, one copy for every use; ONNX
+        # runtimes do their own folding when they load the file.
+        optimize=False,
     )
     assert program is not None
     with replacing(_free(file)) as path:
