@@ -421,3 +421,46 @@ def test_wrong_input_is_refused_in_a_sentence(change, said):
 def test_impossible_networks_are_refused(options):
     with pytest.raises(UserError):
         Ponita(**options)
+
+
+def plain(model):
+    """The same network that evaluates every orientation, opposite or not."""
+    model._order = (model.grid, model.grid._version, None)
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("options", [
+    {"orientations": 12}, {"orientations": 20, "invariants": "reference"},
+    {"dim": 2, "orientations": 6, "invariants": "complete"}, {"orientations": 8, "cutoff": 2.0},
+    {"orientations": 12, "quadrature": True},
+])  # fmt: skip
+def test_half_of_an_antipodal_grid_is_enough(options, recompute):
+    dim = options.get("dim", 3)
+    half, whole = network(**options, recompute=recompute), plain(network(**options))
+    assert half._antipodal_order() is not None
+    clouds = zip(cloud(6, dim, seed=1), cloud(6, dim, seed=2), strict=True)
+    data = [torch.stack(pair) for pair in clouds]
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    for one, other in zip(half(*data, mask=mask), whole(*data, mask=mask), strict=True):
+        assert close(one, other)
+    flat, batch = [x.flatten(0, 1) for x in data], torch.arange(2).repeat_interleave(6)
+    edges = torch.tensor([(a, b) for a in range(6) for b in range(6) if a - b in (1, -1, 3, -3)]).T
+    given = {"edges": edges, "offsets": (edges[:1] - edges[1:]).T * torch.ones(dim).double()}
+    for how in (given | {"mutual": True}, {"edges": "full", "batch": batch}, given):
+        short = [x[:6] for x in flat] if "offsets" in how else flat
+        for one, other in zip(half(*short, **how), whole(*short, **how), strict=True):
+            assert close(one, other)
+
+
+def test_a_grid_that_is_replaced_or_changed_is_looked_at_again():
+    model = network(orientations=12)
+    assert model._antipodal_order() is not None
+    model.grid[0] = torch.tensor([0.0, 0.6, 0.8])
+    assert model._antipodal_order() is None
+    model.grid = fibonacci(12)
+    assert model._antipodal_order() is None
+    model.grid = circle(12)
+    order = model._antipodal_order()
+    first, second = model.grid[order].chunk(2)
+    assert close(first, -second)

@@ -9,6 +9,7 @@ from equivariant.clouds import close
 
 from weightshare.equivariant import (
     PonitaPotential,
+    convolution,
     hessian,
     neighbour_list,
     platonic,
@@ -93,7 +94,9 @@ def test_second_derivatives_with_self_loops_and_cutoff(mode, cutoff, convolution
     assert torch.isfinite(second).all() and close(second, second.mT, 1e-9)
 
 
-def test_a_recomputed_basis_gives_the_same_forces_and_second_derivatives():
+@pytest.mark.parametrize("pairs", [8192, 7])
+def test_a_recomputed_basis_gives_the_same_forces_and_second_derivatives(pairs, monkeypatch):
+    monkeypatch.setattr(convolution, "PAIRS_AT_ONCE", pairs)
     x = molecule()
     found = []
     for recompute in (False, True):
@@ -119,7 +122,7 @@ def bytes_kept(recompute):
         alive.add(box)
         return box
 
-    model = potential(recompute=recompute, layers=3, hidden=16, basis=32)
+    model = potential(recompute=recompute, layers=3, hidden=16, basis=128, widening=1)
     numbers, x = NUMBERS.repeat(4, 1), torch.stack([molecule(k) for k in range(4)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         said = model(numbers, x, create_graph=True)
@@ -129,7 +132,7 @@ def bytes_kept(recompute):
 
 
 def test_recomputing_keeps_a_fraction_of_the_memory_through_the_double_backward():
-    assert bytes_kept(True) < 0.45 * bytes_kept(False)
+    assert bytes_kept(True) < 0.35 * bytes_kept(False)
 
 
 def test_recomputed_second_derivatives_pass_gradgradcheck():

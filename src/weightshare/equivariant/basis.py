@@ -1,6 +1,8 @@
 """Kernels from invariants: monomials, then a small network, evaluated once for all layers."""
 
+import functools
 from itertools import combinations_with_replacement, product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,56 @@ from weightshare.equivariant.pointwise import Gelu
 
 def monomials(x: Tensor, degree: int) -> Tensor:
     """All distinct monomials of degree 1 to ``degree`` of the last axis, in lexicographic order."""
+    if x.shape[-1] > 2 or not x.requires_grad:
+        return _columns(x, degree)
+    found: Tensor = _Monomials.apply(x, degree)
+    return found
+
+
+def _columns(x: Tensor, degree: int) -> Tensor:
     columns = x.unbind(-1)
     found: dict[tuple[int, ...], Tensor] = {}
     for term in exponents(len(columns), degree):
         found[term] = columns[term[0]] if len(term) == 1 else found[term[:-1]] * columns[term[-1]]
     return torch.stack(list(found.values()), -1)
+
+
+class _Monomials(torch.autograd.Function):
+    """Monomials whose derivatives are a matrix times the monomials: four kernels instead of the
+    dozens that torch writes for the products one by one, in force training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, degree: int) -> Tensor:
+        found = _columns(x, degree)
+        ctx.save_for_backward(found)
+        ctx.inputs, ctx.degree = x.shape[-1], degree
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (found,) = ctx.saved_tensors
+        start, rest = _derivatives(ctx.inputs, ctx.degree, found.dtype, found.device)
+        slopes = torch.addmm(start, found.flatten(0, -2), rest)
+        slopes = slopes.view(*found.shape[:-1], ctx.inputs, found.shape[-1])
+        return (slopes * grad.unsqueeze(-2)).sum(-1), None
+
+
+@functools.cache
+def _derivatives(
+    inputs: int, degree: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The derivative of every monomial by every input as constants (inputs * terms,) and
+    coefficients (terms, inputs * terms) of the monomials."""
+    terms = exponents(inputs, degree)
+    table = torch.zeros(len(terms) + 1, inputs, len(terms), dtype=dtype)
+    for column, term in enumerate(terms):
+        for row in set(term):
+            left = list(term)
+            left.remove(row)
+            place = terms.index(tuple(left)) + 1 if left else 0
+            table[place, row, column] = term.count(row)
+    table = table.flatten(1).to(device)
+    return table[0], table[1:]
 
 
 def exponents(inputs: int, degree: int) -> list[tuple[int, ...]]:

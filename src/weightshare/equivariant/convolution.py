@@ -21,6 +21,9 @@ from weightshare.equivariant.pairs import Pairs
 from weightshare.equivariant.pointwise import Gelu, LayerNorm
 from weightshare.equivariant.recomputed import recomputed
 
+PAIRS_AT_ONCE = 8192
+"""Pairs whose basis is held while a message is recomputed: about 1 GB at the published size."""
+
 
 @dataclass
 class Kernels:
@@ -149,15 +152,23 @@ def full_message(
 def again(
     message: Callable[..., Tensor], field: Tensor, weight: Tensor, kernels: Kernels, *more: Tensor
 ) -> Tensor:
-    """A message whose basis is computed for it alone, and again in every backward pass."""
-    pairs, source, grid = kernels.pairs, kernels.source, kernels.seen
+    """A message whose basis is computed for it alone, and again in every backward pass, for
+    ``PAIRS_AT_ONCE`` pairs at a time."""
+    source, grid = kernels.source, kernels.seen
     assert source is not None
+    parameters = tuple(source.spatial.parameters())
 
-    def whole(field: Tensor, weight: Tensor, delta: Tensor, *parameters: Tensor) -> Tensor:
-        moved = pairs.at(delta)
-        return message(field, weight, moved, source.evaluate(moved, grid, parameters), *more)
+    def one(pairs: Pairs, field: Tensor) -> Tensor:
+        def whole(field: Tensor, weight: Tensor, delta: Tensor, *parameters: Tensor) -> Tensor:
+            moved = pairs.at(delta)
+            return message(field, weight, moved, source.evaluate(moved, grid, parameters), *more)
 
-    return recomputed(whole, field, weight, pairs.delta, *source.spatial.parameters())
+        return recomputed(whole, field, weight, pairs.delta, *parameters)
+
+    pieces = [one(*piece) for piece in kernels.pairs.pieces(PAIRS_AT_ONCE, field)]
+    if kernels.pairs.source is None:
+        return torch.cat(pieces)
+    return sum(pieces[1:], start=pieces[0])
 
 
 class SeparableConv(nn.Module):

@@ -1,5 +1,6 @@
 """Which points speak to which: every pair of small graphs of one size, or a list of edges."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,21 @@ class Pairs:
             return messages.sum(-3)
         out = messages.new_zeros(self.nodes, *messages.shape[1:])
         return out.index_add(0, self.target, messages)
+
+    def pieces(self, size: int, field: Tensor) -> Iterator[tuple["Pairs", Tensor]]:
+        """About ``size`` pairs at a time, with the field they read. Dense pieces are different
+        graphs, whose sums stand one after another; pieces of an edge list are to be added up."""
+        if self.source is None or self.target is None:
+            graphs = max(size // (self.delta.shape[-2] ** 2 or 1), 1)
+            for low in range(0, max(len(self.delta), 1), graphs):
+                rows = slice(low, low + graphs)
+                weight = None if self.weight is None else self.weight[rows]
+                yield replace(self, delta=self.delta[rows], weight=weight), field[rows]
+            return
+        for low in range(0, max(len(self.delta), 1), size):
+            rows = slice(low, low + size)
+            edges = {"source": self.source[rows], "target": self.target[rows]}
+            yield replace(self, delta=self.delta[rows], **edges), field
 
     def reversed(self) -> "Pairs":
         """The same pairs with senders and receivers exchanged; only for ``senders`` and ``sum``."""
@@ -75,8 +91,8 @@ def edge_pairs(
     """Pairs of an edge list (2, E), row 0 the sender and row 1 the receiver.
 
     ``offsets`` (E, d) is added to the sender's position (periodic images). With ``self_loops``
-    every point also hears itself, once, whether or not the list holds that edge. ``mutual`` promises
-    that with every edge the list holds its reverse.
+    every point also hears itself, once, whether or not the list holds that edge.
+    ``mutual`` promises that with every edge the list holds its reverse.
     """
     if self_loops:
         keep = edges[0] != edges[1]

@@ -269,8 +269,11 @@ class GradientUpdate(Update):
         assert self.ema is not None
         n = self._averaged_steps.add_(1)
         pace = 1 - ((1 + n) / (10 + n)).clamp(max=self.ema)
-        for name, average in self._average.items():
-            average.add_((self.params[name] - average) * pace.to(average.dtype))
+        averages = list(self._average.values())
+        # A few kernels for all tensors instead of three for each: a tenth of a captured step.
+        change = torch._foreach_sub([self.params[name] for name in self._average], averages)
+        torch._foreach_mul_(change, pace)
+        torch._foreach_add_(averages, change)
 
     @contextmanager
     def averaged(self) -> Any:
