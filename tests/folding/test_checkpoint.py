@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,21 @@ import torch
 from small_models import FAMILIES, make, tokens
 from transformers import AutoModelForCausalLM
 
-from weightshare.folding import FoldPlan, fold
+from weightshare.folding import Delta, FoldPlan, fold
 from weightshare.folding.families import block_sizes
 from weightshare.language import quiet
 
 # Groups touch blocks 1 and 10, 11: keys matched as prefixes would tie too much.
 DEEP = FoldPlan(12, removed=(4,), groups=((1, 2), (3, 5, 6), (10, 11)))
+DELTAS = replace(
+    DEEP,
+    deltas=(
+        Delta("mlp.up_proj.weight", (5, 6), "low_rank", 2),
+        Delta("self_attn.q_proj.weight", (6,), "scale"),
+        Delta("mlp.down_proj.weight", (11,), "own"),
+        Delta("lm_head.weight", (), "low_rank", 2),
+    ),
+)
 SCRIPT = Path(__file__).with_name("load_elsewhere.py")
 
 
@@ -38,11 +48,26 @@ def folders(tmp_path_factory):
         for tied in (True, False):
             model = make(family, blocks=12, tie_word_embeddings=tied)
             models[f"{family}-{'tied' if tied else 'untied'}"] = fold(model, DEEP)
+        models[f"{family}-deltas"] = trained_a_little(
+            fold(make(family, blocks=12, tie_word_embeddings=True), DELTAS)
+        )
         models[f"{family}-shorter"] = fold(make(family, blocks=12), FoldPlan(12, removed=(0, 7)))
     for name, model in models.items():
         save(home / name, model)
-    save(home / "llama-sharded", models["llama-untied"], max_shard_size="60KB")
-    return home, {**models, "llama-sharded": models["llama-untied"]}
+    copies = {"llama-sharded": "llama-untied", "qwen2-deltas-sharded": "qwen2-deltas"}
+    for name, source in copies.items():
+        models[name] = models[source]
+        save(home / name, models[name], max_shard_size="60KB")
+    return home, models
+
+
+def trained_a_little(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "delta_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def loaded(how, home, cwd):
@@ -86,7 +111,8 @@ def test_files_hold_each_weight_once(folders):
         size = sum(file.stat().st_size for file in (home / name).glob("*.safetensors"))
         unique = sum(p.nbytes for p in model.parameters())
         assert unique < size < unique + 64_000, name
-    assert len(list((home / "llama-sharded").glob("*.safetensors"))) > 1
+    for name in ("llama-sharded", "qwen2-deltas-sharded"):
+        assert len(list((home / name).glob("*.safetensors"))) > 1
 
 
 def test_a_loaded_model_can_be_saved_and_loaded_again(folders, tmp_path):

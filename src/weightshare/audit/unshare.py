@@ -1,7 +1,7 @@
 """Do what a suggestion says, in place, without changing what the model computes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,35 @@ from weightshare.errors import UserError
 from weightshare.sharing import Use
 from weightshare.sharing.aliases import recomputing
 
+if TYPE_CHECKING:
+    from weightshare.folding import FoldPlan
 
-def apply(model: nn.Module, suggestion: Suggestion | Unsharing, *, seed: int = 0) -> nn.Module:
-    """Unshare in place and return the model: it computes the same numbers until it is trained.
 
-    A group other than the first gets, where the weight is tied across modules, a parameter of its
-    own (``unshare``), or a parametrization of the tied weight (``scale``, ``low_rank``), which
-    :func:`merge` turns into a weight of its own. Where one module runs several times, a
-    parametrization gives each group of runs its own delta.
+def apply(
+    model: nn.Module, suggestion: Suggestion | Unsharing, *, seed: int = 0
+) -> "nn.Module | FoldPlan":
+    """Unshare in place; the model computes the same numbers, bit for bit, until it is trained.
+
+    Returns the model or, where it is a folded language model, its new
+    :class:`~weightshare.folding.FoldPlan`: the model saves, loads and unfolds with what was added.
+
+    In any other model a group other than the first gets, where the weight is tied across modules,
+    a parameter of its own (``unshare``), or a parametrization of the tied weight (``scale``,
+    ``low_rank``), which :func:`merge` turns into a weight of its own. Where one module runs several
+    times, a parametrization gives each group of runs its own delta.
 
     Low-rank deltas start at zero with their row space on the leading directions of the measured
     disagreement, or on random ones when only an :class:`Unsharing` is given.
 
     Raises:
         UserError: when the uses are slices of one weight inside one module, or a module reads a
-            weight that another one holds: only their code can tell those apart.
+            weight that another one holds: only their code can tell those apart; or when the weight
+            was unshared before.
     """
+    if hasattr(getattr(model, "config", None), "fold_plan"):
+        from weightshare.audit.folded import unshare_folded
+
+        return unshare_folded(model, suggestion, seed)
     unsharing = suggestion.unsharing if isinstance(suggestion, Suggestion) else suggestion
     bases = suggestion.directions if isinstance(suggestion, Suggestion) else {}
     if unsharing.kind == "nothing":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
-    from weightshare.audit import Audit, Probe
+    from weightshare.audit import Audit, Probe, Suggestion
     from weightshare.audit.config import AuditConfig
     from weightshare.language import LanguageModel
 
@@ -73,8 +73,10 @@ def run(config: "AuditConfig") -> None:
         rows = [suggestion.row() for suggestion in found.suggestions]
         show_table("what to unshare, best first", rows[:LISTED])
         run.rows("suggestions", rows, "Gain in loss along one step, per added parameter.")
+        useful = [s for s in found.suggestions if s.beyond_chance and s.predicted > 0]
+        chosen = useful[:1]
         if config.budget:
-            chosen = spend([s for s in found.suggestions if s.beyond_chance], config.budget)
+            chosen = spend(useful, config.budget)
             run.rows(
                 "budget", [s.row() for s in chosen], f"{config.budget} parameters, best spent."
             )
@@ -82,7 +84,7 @@ def run(config: "AuditConfig") -> None:
                 show_table(f"{config.budget:,} parameters, best spent", [s.row() for s in chosen])
             else:
                 say("nothing is worth the budget: no shared weight disagrees beyond chance")
-        save_plan(run, source, found)
+        save_plan(run, source, chosen)
 
         # 3. Check the promises.
         if config.probe:
@@ -180,21 +182,16 @@ def say_unshared(run: Any, found: "Audit") -> None:
     say(f"report: {run.path / 'report.html'}")
 
 
-def save_plan(run: Any, source: "LanguageModel", found: "Audit") -> None:
-    """For a folded model, the first advised split of a group as a fold plan."""
+def save_plan(run: Any, source: "LanguageModel", chosen: "list[Suggestion]") -> None:
+    """For a folded model, what is worth unsharing as a fold plan."""
     from weightshare.audit.folded import is_folded, unshared_plan
     from weightshare.cli.console import say
 
-    for suggestion in found.suggestions if is_folded(source.model) else []:
-        if suggestion.beyond_chance and suggestion.unsharing.kind == "unshare":
-            try:
-                plan = unshared_plan(source.model, suggestion)
-            except UserError:
-                continue  # about the tied head, or single tensors
-            path = run.save("plan.json", plan.save)
-            name = suggestion.unsharing.layer.name
-            say(f"plan with {name} split: {path} (weightshare fold --plan)")
-            return
+    if not chosen or not is_folded(source.model):
+        return
+    path = run.save("plan.json", unshared_plan(source.model, *chosen).save)
+    done = "; ".join(f"{s.row()['do']} for {s.unsharing.layer.name}" for s in chosen)
+    say(f"plan with {done}: {path} (weightshare fold --plan)")
 
 
 def report_probe(run: Any, tried: "Probe") -> None:

@@ -245,7 +245,11 @@ def describe(plan: "FoldPlan") -> str:
     """The plan in a line."""
     groups = " ".join("{" + ",".join(map(str, g)) + "}" for g in plan.shared_groups) or "none"
     removed = ",".join(map(str, plan.removed)) or "none"
-    return f"plan: remove {removed}; share {groups}; {plan.unique_blocks} sets of weights remain"
+    deltas = f"; {len(plan.deltas)} deltas of their own" if plan.deltas else ""
+    return (
+        f"plan: remove {removed}; share {groups}; {plan.unique_blocks} sets of weights remain"
+        + deltas
+    )
 
 
 def compare_sizes(

@@ -11,10 +11,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "config": ["CureConfig", "FoldConfig", "GateConfig", "RANKINGS"],
         "plans": ["BlockSizes", "FoldPlan"],
+        "deltas": ["Delta"],
         "rankings": ["Ranking", "rank"],
         "planner": ["plan"],
         "gates": ["choose_by_gates", "gated", "learn_gates"],
-        "share": ["fold", "unfold"],
+        "share": ["fold", "replan", "unfold"],
         "curing": ["cure"],
         "influence": ["similarity"],
         "facts": [],

@@ -48,6 +48,11 @@ def model_card(
         "---",
     ]
     groups = ", ".join("{" + ", ".join(map(str, g)) + "}" for g in plan.shared_groups) or "none"
+    deltas = [
+        f"{d.parameter} of {', '.join(map(str, d.blocks)) or 'the head'} ({d.kind}"
+        + (f" {d.rank})" if d.rank else ")")
+        for d in plan.deltas
+    ]
     load = (
         ("import weightshare.folding  # or pass trust_remote_code=True\n" if folded else "")
         + "from transformers import AutoModelForCausalLM\n"
@@ -69,6 +74,7 @@ Made from `{Path(source.name).name}` by weightshare {__version__}. {kind}
 - removed: {", ".join(map(str, plan.removed)) or "none"}
 - groups that share weights: {groups}
 - representative: {plan.representative}
+- of their own all the same: {"; ".join(deltas) or "nothing"}
 
 | figure | value |
 |---|---|

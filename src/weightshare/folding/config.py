@@ -53,7 +53,7 @@ class CureConfig:
         steps: optimiser steps; 0 leaves the folded model as it is.
         batch_size: sequences per step.
         trainable: every weight (all), low-rank updates of the shared matrices merged at the end
-            (lora), or the norms alone (norms).
+            (lora), or the norms alone (norms); what uses have of their own is always trained.
         learning_rate: 1e-4 for all, 2e-4 for lora, 5e-3 for norms where it is not given.
         lora_rank: rank of the low-rank updates.
         cross_entropy: weight of the next-token loss on the text.

@@ -116,11 +116,11 @@ def trainable_parameters(
     """The parameters that a cure trains, each once; a LoRA is attached to the task."""
     if config.trainable == "all":
         return list(student.parameters())
-    norms = [p for name, p in student.named_parameters() if "norm" in name]
+    private = [p for name, p in student.named_parameters() if "norm" in name or ".delta_" in name]
     if config.trainable == "norms":
-        return norms
+        return private
     task.lora = SharedLora(student, config.lora_rank, seed=seed)
-    return [*norms, *task.lora.parameters()]
+    return [*private, *task.lora.parameters()]
 
 
 def cure(

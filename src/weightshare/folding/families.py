@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from weightshare.errors import UserError
+from weightshare.folding.deltas import HEAD
 from weightshare.folding.modeling_folded import FAMILIES, FoldedModelMixin, is_private
 from weightshare.folding.plans import BlockSizes
 
@@ -71,7 +72,8 @@ def block_sizes(model: PreTrainedModel, private: Sequence[str] = ("norm",)) -> B
     shared = sum(p.numel() for p in first.values()) - mine
     count = len(blocks_of(model))
     total = sum(p.numel() for p in model.parameters())
-    return BlockSizes(count, shared, mine, total - count * (shared + mine))
+    shapes = {name: p.shape for name, p in first.items()} | {HEAD: model.lm_head.weight.shape}
+    return BlockSizes(count, shared, mine, total - count * (shared + mine), shapes)
 
 
 def _listed(name: str) -> bool:

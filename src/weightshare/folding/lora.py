@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weightshare.folding.families import blocks_of
+from weightshare.folding.modeling_folded import DeltaLinear
 
 
 class SharedLora(nn.Module):
@@ -49,9 +50,11 @@ class SharedLora(nn.Module):
             self._handles.append(module.register_forward_hook(self._hook(place[id(weight)])))
 
     def _hook(self, index: int) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inner = nn.functional.linear(inputs[0].to(self.down[index].dtype), self.down[index])
             update = nn.functional.linear(inner, self.up[index])
+            if isinstance(module, DeltaLinear) and module.kind == "scale":
+                update = update * (1 + module.delta_unit * module.delta_scale)  # merged below it
             return output + self.scale * update.to(output.dtype)
 
         return add

@@ -7,6 +7,8 @@ and nothing else. It alone knows how a plan becomes tied parameter names:
   ``layer_idx``, its own key/value cache slot and its own norms;
 * inside a group all other parameters *are* those of the group's first block. Parameters are tied,
   never modules: a module used twice would write into one cache slot and generate nonsense;
+* a use may have something of its own on top (the plan's ``deltas``): a copy of one parameter, or
+  scales or a low-rank delta in a ``DeltaLinear``;
 * the configuration keeps the depth under ``fold_depth`` and writes ``num_hidden_layers: null``. A
   stock class would otherwise load such a folder with random blocks and only log it; with null it
   raises.
@@ -14,7 +16,8 @@ and nothing else. It alone knows how a plan becomes tied parameter names:
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,13 +46,77 @@ def tied_names(plan: dict[str, Any], block_parameters: list[str]) -> dict[str, s
     """
     remaining = sorted(block for group in plan["groups"] for block in group)
     position = {block: index for index, block in enumerate(remaining)}
-    shared = [name for name in block_parameters if not is_private(name, plan["private"])]
+    deltas = plan.get("deltas", ())
+    tied: list[tuple[str, list[int]]] = []
+    for name in block_parameters:
+        if not is_private(name, plan["private"]):
+            own = [d["blocks"] for d in deltas if (d["parameter"], d["kind"]) == (name, "own")]
+            apart = {block for part in own for block in part}
+            rest = [[block for block in group if block not in apart] for group in plan["groups"]]
+            tied += [(name, part) for part in (*rest, *own)]
+    for delta in deltas:
+        for leaf in DELTA_PARAMETERS[delta["kind"]]:
+            tied.append((delta["parameter"].removesuffix("weight") + leaf, delta["blocks"]))
     return {
-        f"model.layers.{position[block]}.{name}": f"model.layers.{position[group[0]]}.{name}"
-        for group in plan["groups"]
-        for block in group[1:]
-        for name in shared
+        f"model.layers.{position[block]}.{name}": f"model.layers.{position[part[0]]}.{name}"
+        for name, part in tied
+        for block in part[1:]
     }
+
+
+DELTA_PARAMETERS = {"own": (), "scale": ("delta_scale",), "low_rank": ("delta_a", "delta_b")}
+"""What a delta adds to the module of its parameter."""
+
+
+def delta_modules(plan: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+    """The linear layers that become a :class:`DeltaLinear`; a copy needs none."""
+    if delta["kind"] == "own":
+        return []
+    remaining = sorted(block for group in plan["groups"] for block in group)
+    module = delta["parameter"].removesuffix(".weight")
+    places = [f"model.layers.{remaining.index(block)}.{module}" for block in delta["blocks"]]
+    return places or [module]
+
+
+class DeltaLinear(nn.Linear):
+    r"""A linear layer that shares its weight W and has something small of its own.
+
+    ========  ==========================================  ==============================
+    scale     :math:`y = (1 + u s) \circ W x + c`          s (out,), u one fixed number
+    low_rank  :math:`y = W x + B A x + c`                  A (rank, in), B (out, rank)
+    ========  ==========================================  ==============================
+
+    s and B start at zero: the output is then that of the shared layer, bit for bit.
+    """
+
+    delta_unit: Tensor
+
+    def __init__(self, shared: nn.Linear, kind: str, rank: int = 0) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = shared.in_features, shared.out_features
+        self.weight = shared.weight
+        self.register_parameter("bias", shared.bias)  # type: ignore[arg-type]
+        self.kind = kind
+        zeros = shared.weight.detach().new_zeros
+        if kind == "scale":
+            self.delta_scale = nn.Parameter(zeros(self.out_features))
+            self.register_buffer("delta_unit", zeros(()) + 1)
+        else:
+            self.delta_a = nn.Parameter(nn.init.normal_(zeros(rank, self.in_features)))
+            self.delta_b = nn.Parameter(zeros(self.out_features, rank))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = F.linear(input, self.weight, self.bias)
+        if self.kind == "scale":
+            plain = output if self.bias is None else output - self.bias
+            return output + self.delta_unit * self.delta_scale * plain
+        return output + F.linear(F.linear(input, self.delta_a), self.delta_b)
+
+    def merged(self) -> Tensor:
+        """The weight, (out, in), of the ordinary linear layer that computes the same."""
+        if self.kind == "scale":
+            return self.weight * (1 + self.delta_unit * self.delta_scale)[:, None]
+        return self.weight + self.delta_b @ self.delta_a
 
 
 def _with_depth(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +184,16 @@ class FoldedModelMixin:
     def __init__(self, config: Any) -> None:
         self._block_ties: dict[str, str] | None = None
         super().__init__(config)  # type: ignore[call-arg]
+        self._place_deltas()
         self._tie_blocks()
+
+    def _place_deltas(self) -> None:
+        for delta in self.config.fold_plan.get("deltas", ()):
+            for path in delta_modules(self.config.fold_plan, delta):
+                shared = self.get_submodule(path)  # type: ignore[attr-defined]
+                if not isinstance(shared, DeltaLinear):
+                    changed = DeltaLinear(shared, delta["kind"], delta["rank"])
+                    self.set_submodule(path, changed)  # type: ignore[attr-defined]
 
     def _tie_blocks(self) -> None:
         self._tied_weights_keys = {**self._head_tie(), **self.block_ties}
@@ -125,14 +201,18 @@ class FoldedModelMixin:
 
     def _head_tie(self) -> dict[str, str]:
         usual: dict[str, str] = getattr(type(self), "_tied_weights_keys", None) or {}
-        return dict(usual) if self.config.tie_word_embeddings else {}
+        own = any(
+            not delta["blocks"] and delta["kind"] == "own"
+            for delta in self.config.fold_plan.get("deltas", ())
+        )
+        return dict(usual) if self.config.tie_word_embeddings and not own else {}
 
     @property
     def block_ties(self) -> dict[str, str]:
         """Full parameter names ``{use: source}`` of this model's groups."""
         if self._block_ties is None:
             first: nn.Module = self.model.layers[0]
-            names = [name for name, _ in first.named_parameters()]
+            names = [name for name, _ in first.named_parameters() if ".delta_" not in name]
             self._block_ties = tied_names(self.config.fold_plan, names)
         return self._block_ties
 

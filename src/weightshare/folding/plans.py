@@ -4,12 +4,13 @@ Block numbers are always those of the original model, counted from 0.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weightshare.errors import UserError
+from weightshare.folding.deltas import Delta, check_deltas
 
 REPRESENTATIVES = ("first", "last", "best", "mean", "whitened")
 
@@ -31,9 +32,11 @@ class FoldPlan:
         representatives: the block chosen for each group, in the order of ``groups``; filled in when
             a plan with a block-valued ``representative`` is carried out, or given by hand.
         private: parts of parameter names that stay private to each use.
+        deltas: what some blocks of a group have of their own on top, such as a low-rank delta.
 
     Raises:
-        UserError: a block number is out of range or named twice, or nothing is left.
+        UserError: a block number is out of range or named twice, nothing is left, or a delta has
+            no meaning.
     """
 
     blocks: int
@@ -42,6 +45,7 @@ class FoldPlan:
     representative: str = "first"
     representatives: tuple[int, ...] | None = None
     private: tuple[str, ...] = ("norm",)
+    deltas: tuple[Delta, ...] = ()
 
     def __post_init__(self) -> None:
         removed = tuple(sorted(self.removed))
@@ -82,6 +86,7 @@ class FoldPlan:
         object.__setattr__(self, "removed", removed)
         object.__setattr__(self, "groups", tuple(groups))
         object.__setattr__(self, "private", tuple(self.private))
+        object.__setattr__(self, "deltas", check_deltas(self.deltas, groups, self.private))
         if chosen is not None:
             object.__setattr__(self, "representatives", tuple(choice[group] for group in groups))
 
@@ -94,6 +99,11 @@ class FoldPlan:
     def shared_groups(self) -> tuple[tuple[int, ...], ...]:
         """The groups of two and more blocks."""
         return tuple(group for group in self.groups if len(group) > 1)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the result is an ordinary model: blocks removed at most, nothing shared."""
+        return not self.shared_groups and not self.deltas
 
     @property
     def unique_blocks(self) -> int:
@@ -129,12 +139,16 @@ class FoldPlan:
                     if data.get("representatives") is None
                     else tuple(int(block) for block in data["representatives"]),
                     "private": tuple(str(part) for part in data.get("private", ("norm",))),
+                    "deltas": tuple(
+                        Delta(**{**delta, "blocks": tuple(map(int, delta["blocks"]))})
+                        for delta in data.get("deltas", ())
+                    ),
                 }
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The plan cannot be read ({error}); removed is a list of block numbers, "
-                "groups a list of such lists."
+                "groups a list of such lists, deltas a list of objects."
             ) from error
 
     def save(self, path: str | Path) -> None:
@@ -170,12 +184,16 @@ class BlockSizes:
     """Parameters of one block that every use keeps (norms)."""
     other: int
     """Embeddings, head and final norm."""
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of the parameters of one block, and of the head: for deltas."""
 
     def total(self, plan: FoldPlan | None = None) -> int:
         """Unique parameters of the model, before or after ``plan``."""
         uses = self.blocks if plan is None else len(plan.remaining)
         unique = self.blocks if plan is None else plan.unique_blocks
-        return self.other + unique * self.shared + uses * self.private
+        deltas = () if plan is None else plan.deltas
+        added = sum(delta.size(self.shapes[delta.parameter]) for delta in deltas)
+        return self.other + unique * self.shared + uses * self.private + added
 
 
 def count_removed(fraction: float, blocks: int) -> int:

@@ -1,6 +1,8 @@
 """Carry out a plan: build the folded model, and build the ordinary model back."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -8,13 +10,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from weightshare.errors import UserError
+from weightshare.folding.deltas import HEAD, Delta
 from weightshare.folding.families import (
     block_sizes,
     blocks_of,
     check_family,
     slice_config,
 )
-from weightshare.folding.modeling_folded import FAMILIES, FoldedModelMixin
+from weightshare.folding.modeling_folded import (
+    FAMILIES,
+    DeltaLinear,
+    FoldedModelMixin,
+    delta_modules,
+)
 from weightshare.folding.plans import FoldPlan
 from weightshare.folding.representatives import Merger, resolve
 
@@ -68,17 +76,92 @@ def fold(
                 tensors[f"model.layers.{position[block]}.{name}"] = value
 
     values = slice_config(model.config, plan.remaining)
-    if plan.shared_groups:
+    if not plan.is_stock:
         config_class, model_class = FAMILIES[family]
-        config = config_class(**values, fold_plan=plan.to_dict())
+        config = config_class(**values, fold_plan=replace(plan, deltas=()).to_dict())
     else:
         model_class = type(model)
         config = type(model.config)(**values)
-    return assemble(model_class, config, tensors, like=model)
+    folded = assemble(model_class, config, tensors, like=model)
+    return replan(folded, plan) if plan.deltas else folded
+
+
+def replan(
+    model: PreTrainedModel,
+    plan: FoldPlan,
+    rows: Mapping[Delta, Tensor] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Give a folded model, in place, a plan that shares less of it: split groups, more deltas.
+
+    The model computes the same until it is trained, bit for bit: copies start equal, scales and
+    deltas at zero. All other parameters stay the same objects.
+
+    Args:
+        rows: the row space (rank, in) that a new low-rank delta starts with, else a random one.
+        seed: of the random ones.
+
+    Raises:
+        UserError: the plan has a delta that the model has no parameter for.
+    """
+    check_targets(model, plan)
+    known = {name for name, m in model.named_modules() if isinstance(m, DeltaLinear)}
+    model.config.fold_plan = plan.to_dict()
+    model._block_ties = None
+    model._place_deltas()
+    generator = torch.Generator().manual_seed(seed)
+    for delta in plan.deltas:
+        places = delta_modules(model.config.fold_plan, asdict(delta))
+        if places and not known & set(places):
+            start(model.get_submodule(places[0]), (rows or {}).get(delta), generator)
+            for place in places[1:] if delta.kind == "scale" else ():
+                # Its parameters are tied below, its buffer is not.
+                unit = model.get_submodule(places[0]).delta_unit
+                model.get_submodule(place).delta_unit.copy_(unit)
+    ties, taken = model.get_expanded_tied_weights_keys(), set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name not in ties:
+            if parameter in taken:
+                path, _, leaf = name.rpartition(".")
+                parameter = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(model.get_submodule(path), leaf, parameter)
+            taken.add(parameter)
+    model._tie_blocks()
+    return model
+
+
+def check_targets(model: PreTrainedModel, plan: FoldPlan) -> None:
+    """Refuse deltas of parameters that the model does not have, or that cannot have them."""
+    shapes = block_sizes(model, plan.private).shapes
+    for delta in plan.deltas:
+        dimensions = len(shapes.get(delta.parameter, ()))
+        if not dimensions or (not delta.blocks and not model.config.tie_word_embeddings):
+            raise UserError(
+                f"The plan has a delta of {delta.parameter!r}, which this model does not share; "
+                f"it shares {', '.join(name for name in shapes if name != HEAD)}."
+            )
+        if delta.kind != "own" and dimensions != 2:
+            raise UserError(
+                f"{delta.parameter!r} is a vector and has no {delta.kind} delta; use 'own'."
+            )
+
+
+@torch.no_grad()
+def start(module: Any, rows: Tensor | None, generator: torch.Generator) -> None:
+    """Values of a new delta with which a step of Adam moves the weight about as far as its own."""
+    if module.kind == "scale":
+        rms = module.weight.float().square().mean().sqrt()
+        module.delta_unit.copy_(1 / rms if rms > 0 else 1.0)
+        return
+    if rows is None:
+        rows = torch.randn(module.delta_a.shape, generator=generator)
+    module.delta_a.copy_(rows / rows.square().mean().sqrt())
 
 
 def unfold(model: PreTrainedModel) -> PreTrainedModel:
     """The same function as an ordinary model of the stock class, every block with its own weights.
+
+    Scales and low-rank deltas are merged into them.
 
     Raises:
         UserError: the model is not folded.
@@ -93,13 +176,20 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
         for name, value in slice_config(model.config, range(model.config.fold_depth)).items()
         if name not in ("fold_plan", "fold_depth")
     }
+    deltas = model.config.fold_plan.get("deltas", ())
     tensors: dict[str, Tensor] = {
         # remove_duplicate=False: every use by its own name, each with a copy of the common tensor.
         name: nn.Parameter(value.detach().clone(), value.requires_grad)
         for name, value in model.named_parameters(remove_duplicate=False)
     }
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    folded: Any = model
+    for path, module in folded.named_modules():
+        if isinstance(module, DeltaLinear):
+            tensors[f"{path}.weight"] = nn.Parameter(module.merged().detach())
+    tensors = {name: value for name, value in tensors.items() if ".delta_" not in name}
+    values["tie_word_embeddings"] &= all(delta["blocks"] for delta in deltas)
+    if values["tie_word_embeddings"]:
+        tensors.pop(HEAD, None)
     return assemble(model_class, model_class.config_class(**values), tensors, like=model)
 
 
