@@ -1,165 +1,192 @@
 """Who survives which attack: every rule, every attack, one fixed setting of each.
 
-    python benchmarks/federated/attacks.py [--quick] [--minutes 20] [--data digits] [--seeds 3]
+    python benchmarks/federated/attacks.py [--quick] [--minutes 60] [--data digits] [--seeds 3]
 
-Digits (8 x 8, inside the library) or mnist / fashion_mnist in WEIGHTSHARE_DATA; a perceptron of one
-hidden layer, 10 honest participants, uniform shares, each adversary with half an honest share and
-samples of its own. A row is written as soon as it is done and is not computed again.
+``--data`` is digits, inside the library, or mnist, fashion_mnist or movie_reviews in
+WEIGHTSHARE_DATA. 10 honest participants; each adversary has half an honest share and samples of its
+own. Rows: the clean federation by partition, then A of 10 + A adversaries by attack. All rules and
+seeds of a row run in lockstep; a row is written when it is done.
 
-Columns: accuracy of the honest (mean, in brackets the best), the best adversary's, adversaries and
-honest participants removed. A cell of a rule of reputation passes if no honest participant is
-removed, the honest mean is at least 0.05 above training alone, and no adversary ends above the mean
-of training alone.
+Of each run: accuracy of the honest participants, the best adversary's, adversaries and honest
+removed. ``passes`` counts the seeds in which no honest participant is removed, the honest mean is
+at least 0.05 above training alone, and no adversary ends above the mean of training alone.
 
-The setting ``robust`` was chosen on digits with seeds 0 and 1, by these very cells: for it seed 2
-is the first that it had not met. The learning rate was chosen by federated averaging, seed 0.
+The setting ``robust`` was chosen on digits with the seeds 0 and 1; ``--first-seed 2`` are seeds it
+has not met. The learning rates were chosen by federated averaging, seed 0.
 """
 
 import argparse
-import json
-import platform
 import sys
-import tempfile
-import time
+from math import isfinite
 from pathlib import Path
 
 import flwr
 import numpy as np
 import torch
 
-import weightshare
-from weightshare.federated.config import FederateConfig
-from weightshare.federated.simulation import simulate
-from weightshare.report import read_json, write_json
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import Table, spread
 
-RESULTS = Path(__file__).parents[1] / "results"
+from weightshare.federated import fairness
+from weightshare.federated.config import FederateConfig
+from weightshare.federated.lockstep import Lockstep
+from weightshare.federated.simulation import Simulation, simulate
+
 RULES = (
     "robust", "robust+root", "reputation", "reference", "cgsv", "fedavg", "median", "krum",
     "multi_krum", "geometric_median", "foolsgold", "fltrust",
 )  # fmt: skip
+PARTITIONS = ("uniform", "power", "classes", "dirichlet")
 INDEPENDENT = ("free_rider", "sign_randomise", "rescale", "value_invert", "sign_flip")
+ATTACKS = ("label_flip", *INDEPENDENT, "inner_product", "alie", "identical")
 CELLS = [
-    ("none", 0),
-    *((a, n) for n in (2, 11) for a in ("label_flip", *INDEPENDENT, "inner_product", "alie",
-                                        "identical")),
-    ("alie", 4),
-    ("identical", 7),
-    ("count_lie", 2),
-]  # fmt: skip
+    *((partition, "none", 0) for partition in PARTITIONS),
+    *(("uniform", attack, count) for attack in ATTACKS for count in (2, 11)),
+    ("uniform", "alie", 4),
+    ("uniform", "identical", 7),
+    ("uniform", "count_lie", 2),
+]
 ROOT = 50
+SIZES = {"digits": (0, 64), "movie_reviews": (6000, 32)}
+"""Training samples and width by data set."""
+OTHERWISE = (6000, 64)
 
 
-def cell(data: str, rule: str, attack: str, adversaries: int, seed: int, rounds: int) -> dict:
-    """One federation."""
-    needs_root = rule in ("robust+root", "fltrust")
-    config = FederateConfig(
-        data,
-        attack=attack,
-        adversaries=adversaries,
-        strategy=rule.split("+")[0],
-        rounds=rounds,
-        samples=0 if data == "digits" else 6000,
-        root_samples=ROOT if needs_root else 0,
-        seed=seed,
-    )
-    here = simulate(config)
-    begun = time.perf_counter()
-    here.run()
-    seconds = time.perf_counter() - begun
-    found = here.accuracies()
-    good = [found[name]["accuracy"] for name in here.honest]
-    bad = [found[name]["accuracy"] for name in here.adversaries]
-    removed = here.reputation.standing.expelled if here.reputation else {}
-    best = max(here.honest, key=lambda name: found[name]["accuracy"])
+def name_of(cell: tuple[str, str, int]) -> str:
+    """A row's name."""
+    partition, attack, count = cell
+    return f"clean, {partition}" if attack == "none" else f"{attack.replace('_', '-')}, {count}"
+
+
+def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) -> dict:
+    """All rules and seeds of one cell."""
+    partition, attack, count = cell
+    samples, hidden = SIZES.get(options.data, OTHERWISE)
+    lockstep = Lockstep(options.device)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    federations: dict[tuple[str, int], Simulation] = {}
+    for seed in seeds:
+        for rule in options.rules.split(","):
+            config = FederateConfig(
+                options.data,
+                partition=partition,
+                attack=attack,
+                adversaries=count,
+                strategy=rule.split("+")[0],
+                rounds=rounds,
+                samples=samples,
+                hidden=hidden,
+                root_samples=ROOT if rule in ("robust+root", "fltrust") else 0,
+                seed=seed,
+            )
+            federations[rule, seed] = simulate(config, training=lockstep.training)
+    first = options.rules.split(",")[0]
+    jobs = [federations[first, seed].alone for seed in seeds]
+    jobs += [federation.run for federation in federations.values()]
+    alone = dict(zip(map(str, seeds), lockstep.run(jobs), strict=False))
     return {
-        "seed": seed,
-        "mean": float(np.mean(good)),
-        "best": max(good),
-        "min": min(good),
-        "adversary": max(bad, default=None),
-        "removed_adversaries": sum(name in here.adversaries for name in removed),
-        "removed_honest": sum(name in here.honest for name in removed),
-        "flip_success": found[best]["1>7"],
-        "seconds": seconds,
+        "alone": {seed: float(np.mean(list(found.values()))) for seed, found in alone.items()},
+        "rules": {
+            rule: {str(s): outcome(federations[rule, s], alone[str(s)]) for s in seeds}
+            for rule in options.rules.split(",")
+        },
     }
 
 
-def alone(data: str, adversaries: int, seed: int, rounds: int) -> float:
-    """Mean accuracy of the honest participants trained on their own samples."""
-    attack = "sign_flip" if adversaries else "none"
-    samples = 0 if data == "digits" else 6000
-    config = FederateConfig(
-        data, attack=attack, adversaries=adversaries, rounds=rounds, samples=samples, seed=seed
+def outcome(here: Simulation, alone: dict[str, float]) -> dict:
+    """One federation."""
+    found = here.accuracies()
+    good = [found[name]["accuracy"] for name in here.honest]
+    bad = [found[name]["accuracy"] for name in here.adversaries]
+    base = [alone[name] for name in here.honest]
+    removed = here.reputation.standing.expelled if here.reputation else {}
+    best = max(here.honest, key=lambda name: found[name]["accuracy"])
+    fair = fairness(base, good).value
+    result = {
+        "mean": float(np.mean(good)),
+        "best": max(good),
+        "min": min(good),
+        "gain": float(np.mean(good) - np.mean(base)),
+        "least_gain": min(g - b for g, b in zip(good, base, strict=True)),
+        "fairness": fair if isfinite(fair) else None,
+        "adversary": max(bad, default=None),
+        "removed_adversaries": sum(name in here.adversaries for name in removed),
+        "removed_honest": sum(name in here.honest for name in removed),
+        "flip_success": found[best]["success"],
+    }
+    result["passes"] = bool(
+        result["removed_honest"] == 0
+        and result["gain"] >= 0.05
+        and (result["adversary"] is None or result["adversary"] <= np.mean(base))
     )
-    return float(np.mean(list(simulate(config).alone().values())))
+    return result
 
 
-def passes(row: dict, alone: float) -> bool:
-    """Whether one run meets all that is demanded."""
-    return (
-        row["removed_honest"] == 0
-        and row["mean"] >= alone + 0.05
-        and (row["adversary"] is None or row["adversary"] <= alone)
-    )
+def summaries(rows: dict[str, dict]) -> dict[str, dict]:
+    """What pages show: text by row and rule."""
+    tables: dict[str, dict] = {"accuracy": {}, "adversaries": {}, "fairness": {}, "passes": {}}
+    for name, figures in rows.items():
+        alone = spread(list(figures["alone"].values()))
+        tables["accuracy"][name] = {"alone": interval(alone)}
+        for rule, runs in figures["rules"].items():
+            each = [run for _, run in sorted(runs.items())]
+            out = " ".join(f"{r['removed_adversaries']}/{r['removed_honest']}" for r in each)
+            keeps_score = any(r["removed_adversaries"] + r["removed_honest"] for r in each)
+            text = interval(spread([run["mean"] for run in each]))
+            tables["accuracy"].setdefault(name, {})[rule] = text
+            if name.startswith("clean"):
+                fair = [r["fairness"] for r in each if r["fairness"] is not None]
+                text = f"{np.mean(fair):.0f}" if fair else "undefined"
+                gain, least = (np.mean([r[k] for r in each]) for k in ("gain", "least_gain"))
+                lost = f"; removed {out}" if keeps_score else ""
+                tables["fairness"].setdefault(name, {})[rule] = (
+                    f"{text} ({gain:+.3f}, {least:+.3f}{lost})"
+                )
+                continue
+            text = f"{max(r['adversary'] for r in each):.2f}"
+            tables["adversaries"].setdefault(name, {})[rule] = (
+                f"{text} ({out})" if keeps_score else text
+            )
+            won = sum(run["passes"] for run in each)
+            tables["passes"].setdefault(name, {})[rule] = f"{won}/{len(each)}"
+    return tables
 
 
-def show(results: dict) -> None:
-    """Print a line for each cell: mean over seeds, least and most in brackets."""
-    print(f"{'attack':16s}{'A':>3s}  {'rule':18s}{'honest mean':>12s} {'range':>13s}"
-          f"{'best adv.':>10s}{'removed a/h':>13s}{'passes':>8s}")  # fmt: skip
-    for key, runs in results["cells"].items():
-        attack, count, rule = key.split("/")
-        base = results["alone"].get(count, {})
-        means = [run["mean"] for run in runs]
-        worst = [run["adversary"] for run in runs if run["adversary"] is not None]
-        out = [f"{run['removed_adversaries']}/{run['removed_honest']}" for run in runs]
-        won = sum(passes(run, base[str(run["seed"])]) for run in runs if str(run["seed"]) in base)
-        print(
-            f"{attack:16s}{count:>3s}  {rule:18s}{np.mean(means):12.3f} "
-            f"{min(means):.3f} - {max(means):.3f}{max(worst) if worst else float('nan'):10.3f}"
-            f"{' '.join(out):>13s}{won:>5d}/{len(runs)}"
-        )
+def interval(found: dict[str, float]) -> str:
+    """``.957 ± .004``: mean and half width of the 95 % interval."""
+    half = found["half_width"]
+    width = f" ± {half:.3f}".replace("0.", ".") if isfinite(half) else ""
+    return f"{found['mean']:.3f}".replace("0.", ".") + width
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few cells, in a temporary place")
-    parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rules", default=",".join(RULES), help="only these, with commas")
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="where participants are trained")
+    data = parser.parse_known_args()[0].data
+    table = Table(f"federated_attacks_{data}", __doc__, parser)
+    options = table.options
     torch.set_num_threads(1)
-    rounds = 4 if options.quick else 25
-    cells = [("none", 0), ("sign_flip", 2)] if options.quick else CELLS
-    seeds = 1 if options.quick else options.seeds
-    folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
-    path = folder / f"federated_attacks_{options.data}.json"
-    results = read_json(path) if path.exists() else {"cells": {}, "alone": {}}
-    results |= {
-        "command": " ".join(sys.argv),
-        "versions": {"weightshare": weightshare.__version__, "torch": torch.__version__,
-                     "flwr": flwr.__version__, "python": platform.python_version()},
-        "device": f"cpu, one thread, {platform.machine()}",
-        "setting": {"data": options.data, "rounds": rounds, "honest": 10, "root_samples": ROOT},
-    }  # fmt: skip
-    until = time.monotonic() + 60 * options.minutes
-    rules = [rule for rule in RULES if rule in options.rules.split(",")]
-    jobs = [(seed, *c, rule) for seed in range(seeds) for c in cells for rule in rules]
-    for seed, attack, count, rule in jobs:
-        if time.monotonic() > until:
-            print("time is up; the same command goes on where this one stopped")
-            break
-        runs = results["cells"].setdefault(f"{attack}/{count}/{rule}", [])
-        if any(run["seed"] == seed for run in runs):
-            continue
-        base = results["alone"].setdefault(str(count), {})
-        if str(seed) not in base:
-            base[str(seed)] = alone(options.data, count, seed, rounds)
-        runs.append(cell(options.data, rule, attack, count, seed, rounds))
-        write_json(path, results)
-        print(json.dumps({"attack": attack, "A": count, "rule": rule, **runs[-1]}), flush=True)
-    show(results)
+    rounds, cells = 25, CELLS
+    if table.quick:
+        rounds, cells, options.seeds = 4, [CELLS[0], ("uniform", "sign_flip", 2)], 1
+    samples, hidden = SIZES.get(options.data, OTHERWISE)
+    setting = {"data": options.data, "rounds": rounds, "honest": 10, "root_samples": ROOT,
+               "samples": samples, "hidden": hidden}  # fmt: skip
+    table.facts = {"flwr": flwr.__version__, "setting": setting, "trained_on": options.device}
+    for cell in cells:
+        table.row(name_of(cell), lambda cell=cell: row(cell, options, rounds))
+    order = [name_of(cell) for cell in CELLS]
+    table.rows = {name: table.rows[name] for name in order if name in table.rows}
+    table.facts |= summaries(table.rows)
+    table.write()
+    for title in ("accuracy", "adversaries", "fairness", "passes"):
+        print(f"\n{title}")
+        for name, texts in table.facts[title].items():
+            print(f"{name:20s}", texts)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
 def test_files_in_mnists_format_are_read(tmp_path, monkeypatch):
     import gzip
 
-    from weightshare.federated.images import load_images
+    from weightshare.federated.samples import load_samples
 
     folder = tmp_path / "mnist"
     folder.mkdir()
@@ -156,7 +156,7 @@ def test_files_in_mnists_format_are_read(tmp_path, monkeypatch):
             with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
                 file.write(head + array.tobytes())
     monkeypatch.setenv("WEIGHTSHARE_DATA", str(tmp_path))
-    images = load_images("mnist")
+    images = load_samples("mnist")
     assert images.train.shape == (90, 5, 4) and images.test.dtype == np.float32
     assert images.test.max() <= 1 and images.test_labels.tolist() == [i % 10 for i in range(30)]
     assert main(["federate", "mnist", "--participants", "3", "--rounds", "2",

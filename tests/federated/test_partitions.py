@@ -92,4 +92,4 @@ def test_attacks_send_what_they_are_named_after():
     np.testing.assert_array_equal(send("mimic"), honest[0])
     np.testing.assert_array_equal(send("late", 12), update)
     np.testing.assert_array_equal(send("late", 13), -update)
-    assert ATTACKS["label_flip"].flip == (1, 7) and ATTACKS["count_lie"].claims > 1e3
+    assert ATTACKS["label_flip"].flips and ATTACKS["count_lie"].claims > 1e3

@@ -28,7 +28,7 @@ def run(config: "FederateConfig") -> None:
     from weightshare.federated.simulation import simulate
     from weightshare.report import Run
 
-    device_of(config.device)
+    device = device_of(config.device)
     config.check()
     if config.dry_run:
         show_plan(simulate(config))
@@ -46,7 +46,7 @@ def run(config: "FederateConfig") -> None:
     ):
         # 1. Everyone trains alone: what the federation has to beat.
         here = simulate(config, run.path / "server")
-        run.summary(rounds=config.rounds, device="cpu", strategy=config.strategy)
+        run.summary(rounds=config.rounds, device=str(device), strategy=config.strategy)
         alone = run.stage("alone", here.alone)
 
         # 2. The rounds, from the last checkpoint on.
@@ -136,7 +136,7 @@ def facts(here: "Simulation", rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if here.config.attack == "label_flip":
         best = max(here.honest, key=lambda name: found[name]["accuracy"])
-        result["label_flip"] = {"target": found[best]["1>1"], "success": found[best]["1>7"]}
+        result["label_flip"] = {key: found[best][key] for key in ("target", "success")}
     return result
 
 
@@ -163,7 +163,6 @@ def draw(run: Any, here: "Simulation", alone: dict[str, float], rows: list[dict[
     """The report."""
     from weightshare.federated import figures
     from weightshare.federated.local import confusion
-    from weightshare.federated.simulation import CLASSES
 
     summary = run.summary()
     run.key("accuracy of the honest", f"{summary['accuracy']['mean']:.1%}", "mean")
@@ -204,11 +203,13 @@ def draw(run: Any, here: "Simulation", alone: dict[str, float], rows: list[dict[
     )
     if here.config.attack == "label_flip":
         best = max(here.honest, key=lambda name: together[name])
-        table = confusion(here.task.model, here.vectors()[best], here.test, CLASSES)
+        classes = int(here.test[1].max()) + 1
+        table = confusion(here.task.model, here.vectors()[best], here.test, classes)
         run.figure(
             "confusion",
             figures.confusion_map(table),
-            "The best honest model: what is taken for what (the attack wants 1 taken for 7).",
+            "The best honest model: what is taken for what (the attack wants "
+            f"{here.flip[0]} taken for {here.flip[1]}).",
         )
 
 

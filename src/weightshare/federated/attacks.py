@@ -35,8 +35,8 @@ class Attack:
     """``transform`` turns the honest update into what is sent; the other fields act before."""
 
     transform: Transform
-    flip: tuple[int, int] | None = None
-    """Samples of the first class carry the label of the second."""
+    flips: bool = False
+    """Samples of one class carry the label of another (1 and 7, or 1 and 0 where there are two)."""
     claims: float = 1.0
     """By what the claimed number of samples is multiplied."""
 
@@ -123,7 +123,7 @@ def _mean(now: Situation, otherwise: Vector) -> Vector:
 
 ATTACKS: dict[str, Attack] = {
     "free_rider": Attack(free_rider),
-    "label_flip": Attack(honest, flip=(1, 7)),
+    "label_flip": Attack(honest, flips=True),
     "sign_randomise": Attack(sign_randomise),
     "rescale": Attack(rescale),
     "value_invert": Attack(value_invert),

@@ -42,15 +42,6 @@ class Classifier(Task):
         return {"cross_entropy": Term(cross_entropy(logits, labels, reduction="sum"), len(labels))}
 
 
-def perceptron(inputs: int, hidden: int, classes: int, seed: int) -> nn.Module:
-    """Inputs, one hidden layer of ReLU, classes; weights from ``seed``."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)
-        )
-
-
 def weights_of(model: nn.Module) -> Vector:
     """The trainable weights as one vector; buffers stay where they are.
 
@@ -128,13 +119,16 @@ class LoopTraining:
 
 
 def accuracies(
-    model: nn.Module, vectors: Mapping[str, Vector], data: Examples
+    model: nn.Module,
+    vectors: Mapping[str, Vector],
+    data: Examples,
+    flip: tuple[int, int] = (1, 7),
 ) -> dict[str, dict[str, float]]:
-    """Of each model on the same data: ``accuracy``, and by class ``confusion`` row shares.
+    """Of each model on the same data.
 
     Returns:
-        by name, ``{"accuracy": share, "1>7": share of class 1 that is taken for 7, ...}`` for the
-        pairs of the label-flip attack.
+        by name, ``{"accuracy": share, "target": share of the flipped class that is recognised,
+        "success": share of it that is taken for what the label-flip attack wants}``.
     """
     inputs, labels = data
     result = {}
@@ -142,11 +136,11 @@ def accuracies(
         set_weights(model, vector)
         with torch.no_grad():
             found = model(inputs).argmax(1)
-        ones = found[labels == 1]
+        flipped = found[labels == flip[0]]
         result[name] = {
             "accuracy": float((found == labels).double().mean()),
-            "1>1": float((ones == 1).double().mean()),
-            "1>7": float((ones == 7).double().mean()),
+            "target": float((flipped == flip[0]).double().mean()),
+            "success": float((flipped == flip[1]).double().mean()),
         }
     return result
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from weightshare.federated.attacks import ATTACKS
 from weightshare.federated.config import FederateConfig, LocalConfig
 from weightshare.federated.federation import run_rounds
 from weightshare.federated.grid import InProcessGrid
-from weightshare.federated.images import load_images
 from weightshare.federated.local import (
     Classifier,
     Examples,
@@ -32,20 +32,23 @@ from weightshare.federated.local import (
     Training,
     accuracies,
     layer_sizes,
-    perceptron,
     weights_of,
 )
+from weightshare.federated.models import model_for
 from weightshare.federated.participant import Cohort, Memory
 from weightshare.federated.partitions import deal
 from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian
+from weightshare.federated.samples import load_samples
 from weightshare.federated.stacked import StackedTraining
 from weightshare.federated.strategy import ReputationStrategy
 from weightshare.federated.vectors import Vector
-from weightshare.training import checkpoint
+from weightshare.training import Task, checkpoint
 
-CLASSES = 10
 ROOT = "root"
 """Name under which the server's trusted samples are trained on."""
+
+MakeTraining = Callable[[Task, Mapping[str, Examples], LocalConfig], Training]
+"""What local training is made by: task, data by participant, options."""
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Simulation:
     grid: InProcessGrid
     strategy: Strategy
     arrays: ArrayRecord
+    flip: tuple[int, int]
+    """Classes of the label-flip attack: what is flipped, and into what."""
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -106,7 +111,8 @@ class Simulation:
         """Of everyone's model on the test data."""
         vectors = self.vectors()
         distinct = {vector.tobytes(): name for name, vector in vectors.items()}
-        found = accuracies(self.task.model, {n: vectors[n] for n in distinct.values()}, self.test)
+        chosen = {name: vectors[name] for name in distinct.values()}
+        found = accuracies(self.task.model, chosen, self.test, self.flip)
         return {name: found[distinct[vector.tobytes()]] for name, vector in vectors.items()}
 
     def alone(self) -> dict[str, float]:
@@ -153,16 +159,23 @@ class Simulation:
         return self.done
 
 
-def simulate(config: FederateConfig, folder: Path | None = None) -> Simulation:
-    """Build a federation. ``folder`` is where a strategy of reputation keeps models and its log.
+def simulate(
+    config: FederateConfig, folder: Path | None = None, training: MakeTraining | None = None
+) -> Simulation:
+    """Build a federation.
+
+    Args:
+        config: the command's options.
+        folder: where a strategy of reputation keeps models and its log.
+        training: local training other than the options say (``Lockstep.training``).
 
     Raises:
         UserError: options that cannot be used, or too little data for them.
     """
     config.check()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    images = load_images(config.data)
-    total = len(images.train_labels)
+    samples = load_samples(config.data)
+    total = len(samples.train_labels)
     if config.samples > total - config.root_samples:
         raise UserError(
             f"--samples is {config.samples} but {config.data} has {total} training samples, "
@@ -172,7 +185,7 @@ def simulate(config: FederateConfig, folder: Path | None = None) -> Simulation:
     order = np.random.default_rng([config.seed, 1]).permutation(total)
     root_rows, rows = order[: config.root_samples], order[config.root_samples :]
     shards = deal(
-        images.train_labels[rows],
+        samples.train_labels[rows],
         config.partition,
         config.participants,
         config.adversaries,
@@ -183,30 +196,32 @@ def simulate(config: FederateConfig, folder: Path | None = None) -> Simulation:
     honest = {f"p{i:0{width}d}": rows[s] for i, s in enumerate(shards.honest, 1)}
     evil = {f"x{i:0{width}d}": rows[s] for i, s in enumerate(shards.adversaries, 1)}
     attack = ATTACKS.get(config.attack)
+    # Two classes have no 7: praise becomes blame.
+    flip = (1, 7) if samples.classes > 7 else (1, 0)
 
-    def examples_of(chosen: Any, flip: tuple[int, int] | None = None) -> Examples:
-        labels = images.train_labels[chosen].copy()
-        if flip is not None:
+    def examples_of(chosen: Any, flipped: bool = False) -> Examples:
+        labels = samples.train_labels[chosen].copy()
+        if flipped:
             labels[labels == flip[0]] = flip[1]
-        return torch.from_numpy(images.train[chosen]), torch.from_numpy(labels)
+        return torch.from_numpy(samples.train[chosen]), torch.from_numpy(labels)
 
+    flips = attack is not None and attack.flips
     data = {name: examples_of(chosen) for name, chosen in honest.items()}
-    data |= {name: examples_of(s, attack.flip if attack else None) for name, s in evil.items()}
+    data |= {name: examples_of(chosen, flips) for name, chosen in evil.items()}
     examples = {name: len(labels) for name, (_, labels) in data.items()}
-    pixels = int(np.prod(images.train.shape[1:]))
-    task = Classifier(perceptron(pixels, config.hidden, CLASSES, config.seed))
+    task = Classifier(model_for(samples, config.hidden, config.seed))
     initial = weights_of(task)
     local = LocalConfig(config.epochs, config.batch_size, config.rate(), config.decay, config.seed)
     trained = data | ({ROOT: examples_of(root_rows)} if config.root_samples else {})
-    training: Training = (StackedTraining if config.training == "stacked" else LoopTraining)(
-        task, trained, local
-    )
+    if training is None:
+        training = LoopTraining if config.training == "loop" else on(config.device)
+    learner = training(task, trained, local)
 
     def root(weights: Vector, number: int) -> Vector:
-        return training.train({ROOT: weights}, number)[ROOT] - weights
+        return learner.train({ROOT: weights}, number)[ROOT] - weights
 
     cohort = Cohort(
-        training,
+        learner,
         len(initial),
         examples,
         dict.fromkeys(evil, attack) if attack else {},
@@ -225,8 +240,8 @@ def simulate(config: FederateConfig, folder: Path | None = None) -> Simulation:
         config=config,
         task=task,
         initial=initial,
-        training=training,
-        test=(torch.from_numpy(images.test), torch.from_numpy(images.test_labels)),
+        training=learner,
+        test=(torch.from_numpy(samples.test), torch.from_numpy(samples.test_labels)),
         examples=examples,
         honest=list(honest),
         adversaries=list(evil),
@@ -234,7 +249,15 @@ def simulate(config: FederateConfig, folder: Path | None = None) -> Simulation:
         grid=grid,
         strategy=strategy,
         arrays=ArrayRecord({"weights": wire.array(initial)}),
+        flip=flip,
     )
+
+
+def on(device: str) -> MakeTraining:
+    """Stacked training on a device; ``auto`` is CUDA where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return partial(StackedTraining, device=device)
 
 
 def make_strategy(

@@ -107,7 +107,8 @@ def _key(data: Examples) -> tuple[int, int]:
 @lru_cache(maxsize=1024)
 def _course(size: int, name: str, number: int, config: LocalConfig) -> tuple[Tensor, Tensor]:
     """Rows ``(steps, batch)`` and learning rates ``(steps,)`` of one round's local steps."""
-    batches = batches_of(torch.zeros(size, 0), name, number, config)
+    blanks = torch.zeros(size, 0)
+    batches = batches_of((blanks, blanks), name, number, config)
     steps = range(steps_of(size, config))
     rates = [rate_at(step, number, size, config) for step in steps]
     return torch.stack([batches.indices(step) for step in steps]), torch.tensor(rates)

@@ -1,0 +1,66 @@
+"""Federations in lockstep end as they do alone."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from weightshare.errors import UserError
+from weightshare.federated.config import FederateConfig
+from weightshare.federated.lockstep import Lockstep
+from weightshare.federated.models import model_for
+from weightshare.federated.samples import load_samples
+from weightshare.federated.simulation import simulate
+
+
+def options(strategy, seed=0, **more):
+    return FederateConfig("digits", participants=4, rounds=3, epochs=1, strategy=strategy,
+                          samples=200, hidden=8, seed=seed, **more)  # fmt: skip
+
+
+def test_federations_side_by_side_end_as_each_does_by_itself():
+    configs = [
+        options("reputation"),
+        options("fltrust", root_samples=20),
+        options("median", seed=1),
+        options("robust", attack="alie", adversaries=2),
+    ]
+    lockstep = Lockstep()
+    together = [simulate(config, training=lockstep.training) for config in configs]
+    alone = lockstep.run([together[0].alone, *(each.run for each in together)])[0]
+    assert alone == pytest.approx(simulate(configs[0]).alone(), abs=0.01)
+    for config, found in zip(configs, together, strict=True):
+        expected = simulate(config)
+        expected.run()
+        for name, vector in expected.vectors().items():
+            np.testing.assert_allclose(found.vectors()[name], vector, atol=1e-4)
+
+
+def test_a_failing_federation_is_reported_and_holds_up_nobody():
+    lockstep = Lockstep()
+    here = simulate(options("reputation"), training=lockstep.training)
+
+    def fail():
+        raise RuntimeError("as it happens")
+
+    with pytest.raises(RuntimeError, match="as it happens"):
+        lockstep.run([here.run, fail])
+    assert here.done == 3
+
+
+def test_reviews_become_word_numbers_with_both_classes_on_either_side(tmp_path):
+    lines = [f"{c} {'good' if c else 'bad'} film number n{i}" for c in (0, 1) for i in range(600)]
+    with gzip.open(tmp_path / "rt-polarity.all.gz", "wt") as file:
+        file.write("\n".join(lines))
+    found = load_samples(str(tmp_path))
+    assert found.train.shape == (200, 32) and found.test.shape == (1000, 32)
+    assert found.test_labels.sum() == 500 and found.classes == 2
+    # film and number are the most frequent words, in the order of the alphabet.
+    assert set(found.test[:, 1]) == {2} and set(found.test[:, 2]) == {3}
+    assert len(set(found.train[found.train_labels == 1][:, 0])) == 1
+    model = model_for(found, 4, seed=0)
+    assert model(torch.from_numpy(found.test[:5])).shape == (5, 2)
+    (tmp_path / "rt-polarity.all.gz").write_bytes(b"0 plain text")
+    with pytest.raises(UserError, match="movie reviews"):
+        load_samples(str(tmp_path))
