@@ -1,8 +1,9 @@
 """Does the audit name what is worth unsharing? On folded language models, at equal budget.
 
-For each model, fold and seed: fold, audit, spend one parameter budget (a share of what the fold
-saved) in different ways, train all weights for the same steps on the same batches. Held-out loss
-decides. With ``--moment cured`` the fold is first trained until its shared weights have settled.
+For each model, fold, moment and seed: fold, audit, spend one parameter budget (a share of what the
+fold saved) in different ways, train all weights for the same steps on the same batches. Held-out
+loss decides. At the moment *folded* the audit comes right after folding; at *cured* the shared
+weights have been trained before until they settled.
 
     audit (adam)        most predicted gain within the budget, in Adam's metric
     audit (plain)       the same in the plain metric
@@ -13,115 +14,107 @@ decides. With ``--moment cured`` the fold is first trained until its shared weig
     nothing             the shared weights alone
 
 The honesty clause follows: suggested and random unsharings one at a time, predicted against
-realised gain, with the rank correlation over all of them.
+realised gain, with the rank correlation, and beside it that of the number of added parameters.
 
-    python benchmarks/audit/unsharing.py [--quick] [--moment folded|cured] [--device cuda --jobs 9]
+    python benchmarks/audit/unsharing.py [--quick] [--device cuda --capture] [--only tiny]
 
-Models and texts are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA; without them ``--quick``
-takes the model and the text that ship.
+Rows take 1 to 5 minutes each; ``--part i/n --out FILE`` and ``--join`` split them over processes.
+Models and texts are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA (``--only tiny`` needs
+neither); ``--quick`` takes the model and the text that ship.
 """
 
 import argparse
 import copy
-import json
-import os
 import random
 import statistics
 import sys
-import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import spread
+from _table import Table, spread
 
 from weightshare.audit import ProbeConfig, Unsharing, apply, audit, probe, spend
-from weightshare.audit.honesty import Trial, _Cycle, _MeanLoss, summarise
+from weightshare.audit.honesty import _Cycle, _MeanLoss, rank_correlation
 from weightshare.audit.language import language_loss, text_batches
 from weightshare.audit.suggest import found_groups, predict
 from weightshare.cli.console import show_table
 from weightshare.folding import FoldPlan, fold
 from weightshare.language import load_model, read_documents, windows
-from weightshare.report.environment import environment
 from weightshare.sharing import size
-from weightshare.training import GradientUpdate, Loop, LoopConfig
+from weightshare.training import Captured, GradientUpdate, Loop, LoopConfig
 
-RESULTS = Path(__file__).parents[1] / "results"
+STORIES = "tinystories/v2_train.jsonl.gz"
 CASES = [
-    # model, text, plan: two pairs; one group of three
-    ("stories260K", "tinystories/v2_train.jsonl.gz", ((1, 2), (3, 4))),
-    ("babyllama105", "tinystories/v2_train.jsonl.gz", ((1, 2), (3, 4))),
-    ("stories260K", "tinystories/v2_train.jsonl.gz", ((1, 2, 3),)),
+    # model, text, groups of blocks: what the fold saves of the blocks is in the row
+    ("tiny", "pystdlib", ((2, 3, 4, 5), (6, 7, 8, 9))),
+    ("tiny", "pystdlib", ((2, 3), (5, 6), (8, 9))),
+    ("tiny", "pystdlib", ((2, 3, 4, 5, 6, 7, 8, 9, 10),)),
+    ("stories260K", STORIES, ((1, 2), (3, 4))),
+    ("stories260K", STORIES, ((1, 2, 3),)),
+    ("babyllama105", STORIES, ((1, 2), (3, 4))),
 ]
+MOMENTS = ("folded", "cured")
+SEEDS = (0, 1, 2)
+STEPS = {"cure": 400, "spend": 200, "probe": 30}
+QUICK = {"cure": 10, "spend": 5, "probe": 3}
+RANKS = (2, 8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one case, one seed, few steps")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--moment", choices=("folded", "cured"), default="folded")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
-    parser.add_argument("--jobs", type=int, default=1, help="rows computed side by side")
-    parser.add_argument("--seconds", type=float, default=1500, help="start no new row after this")
+    parser.add_argument("--only", default="", help="models whose name begins so")
+    parser.add_argument("--moment", choices=(*MOMENTS, "both"), default="both")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the saved parameters")
-    options = parser.parse_args()
-    steps = QUICK if options.quick else STEPS
-    seeds = [0] if options.quick else [0, 1, 2]
-    settings = {"steps": steps, "seeds": seeds, "budget": options.budget, "moment": options.moment}
-    cases = CASES[: options.cases]
-    if options.quick:
-        known = {"WEIGHTSHARE_MODELS", "WEIGHTSHARE_DATA"} <= os.environ.keys()
-        cases = CASES[:1] if known else [("tiny", "pystdlib", ((3, 4),))]
-    jobs = [(*case, seed, steps, options) for seed in seeds for case in cases]
-    results, began = [], time.monotonic()
-    folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(one, *job) for job in jobs]
-        for done in as_completed(waiting):
-            results.append(done.result())
-            results.sort(key=lambda r: (r[0]["model"], str(r[0]["groups"]), r[0]["seed"]))
-            content = write(
-                results, settings | {"seconds": round(time.monotonic() - began)}, folder
-            )
-            print(json.dumps(results[-1][0]["loss"]), flush=True)
-            if time.monotonic() - began > options.seconds:
-                pool.shutdown(cancel_futures=True)
-                break
-    report(content)
-
-
-STEPS = {"cure": 400, "spend": 250, "probe": 40}
-QUICK = {"cure": 20, "spend": 10, "probe": 5}
-RANKS = (1, 2, 4, 8, 16)
-
-
-def one(name, text, groups, seed, steps, options):
-    """One model, fold and seed."""
+    parser.add_argument("--capture", action="store_true", help="training steps as CUDA graphs")
+    table = Table("audit_unsharing", __doc__, parser)
+    options = table.options
     torch.set_num_threads(1)
+    steps = QUICK if table.quick else STEPS
+    table.facts["settings"] = {"steps": steps, "budget": options.budget, "ranks": RANKS}
+    cases = [case for case in CASES if case[0].startswith(options.only)]
+    if table.quick:
+        cases = [("tiny", "pystdlib", ((3, 4),))]
+    moments = MOMENTS if options.moment == "both" else (options.moment,)
+    for seed in SEEDS[:1] if table.quick else SEEDS:
+        for moment in moments:
+            for name, text, groups in cases:
+                table.row(
+                    f"{name}, {[list(group) for group in groups]}, {moment}, seed {seed}",
+                    lambda c=(name, text, groups, moment, seed): one(*c, steps, options),
+                )
+                if table.rows:
+                    table.facts |= {"spent": spent(table.rows), "clause": clause(table.rows)}
+                    table.write()
+    for part, title in (("spent", "bought at one budget"), ("clause", "predicted and realised")):
+        show_table(title, [{k: _short(v) for k, v in r.items()} for r in table.facts[part]])
+    if table.left_out:
+        print("not run for lack of time:", "; ".join(table.left_out))
+
+
+def one(name, text, groups, moment, seed, steps, options):
+    """One model, fold, moment and seed."""
     device = torch.device(options.device)
     source = load_model(name, device=device)
     documents = read_documents(text)
     cut = len(documents) * 4 // 5
-    few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 16)
-    ranks = (8,) if options.quick else RANKS
+    few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 8)
     train = windows(source.tokenizer, documents[:few], length)
     train = text_batches(train, len(train) // size_of, size_of, device)
     heldout = windows(source.tokenizer, documents[cut:][:few], length)
-    heldout = text_batches(heldout, 12, size_of, device)
+    heldout = text_batches(heldout, 4 if options.quick else 24, size_of, device)
     random.Random(seed).shuffle(train)
-    audited = train[: 8 if options.quick else 32]
+    audited = train[: 4 if options.quick else 32]
 
     model = fold(source.model, FoldPlan(source.model.config.num_hidden_layers, groups=groups))
-    row = {"model": name, "groups": groups, "seed": seed, "dense": held(source.model, heldout)}
-    row["folded"] = held(model, heldout)
-    if options.moment == "cured":
-        fit(model, train, steps["cure"], seed)
-        row["cured"] = held(model, heldout)
+    row = {"model": name, "groups": groups, "moment": moment, "seed": seed}
+    row |= {"dense": held(source.model, heldout), "start": held(model, heldout)}
+    if moment == "cured":
+        fit(model, train, steps["cure"], seed, options.capture)
+        row["start"] = held(model, heldout)
 
     found = audit(model, audited, language_loss, per="tensor", seed=seed, suggestions=False)
     row["agreement"] = {f.layer.name: round(f.agreement, 3) for f in found.findings}
@@ -130,10 +123,12 @@ def one(name, text, groups, seed, steps, options):
         Unsharing(kind, f.layer, groups_of, rank)
         for f in found.findings
         if (groups_of := found_groups(f)) is not None
-        for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in ranks)]
+        for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in RANKS)]
     ]
+    if options.quick:
+        offers = offers[:8]
     adam, plain = (
-        predict(model, audited, language_loss, offers, metric=metric) for metric in METRICS
+        predict(model, audited, language_loss, offers, metric=metric, bends=2) for metric in METRICS
     )
     saved = size(model).saved - model.get_input_embeddings().weight.numel()
     budget = int(options.budget * saved)
@@ -143,30 +138,28 @@ def one(name, text, groups, seed, steps, options):
         for unsharing in chosen:
             apply(student, unsharing, seed=seed)
         row["added"][strategy] = size(student).unique - size(model).unique
-        fit(student, train, steps["spend"], seed)
+        fit(student, train, steps["spend"], seed, options.capture)
         row["loss"][strategy] = held(student, heldout)
 
     config = ProbeConfig(
-        suggested=4 if options.quick else 6,
-        random=4 if options.quick else 10,
+        suggested=2 if options.quick else 6,
+        random=2 if options.quick else 10,
         steps=steps["probe"],
         seed=seed,
     )
     best = sorted(adam, key=lambda s: -s.gain_per_parameter)
-    best = [s for s in best if s.unsharing.rank in (0, ranks[len(ranks) // 2])]
+    best = [s for s in best if s.unsharing.rank in (0, RANKS[-1])]
     tried = probe(
         model, audited, heldout, language_loss, replace(found, suggestions=best), config
     ).trials
     flat = predict(
         model, audited, language_loss, [t.suggestion.unsharing for t in tried], metric="plain"
     )
-    row["correlation"] = {
-        "adam": correlation(tried),
-        "plain": correlation(
-            [Trial(s, t.origin, t.realised) for s, t in zip(flat, tried, strict=True)]
-        ),
-    }
-    return row, tried
+    row["trials"] = [
+        t.row() | {"adam": t.suggestion.predicted, "plain": s.predicted, "gain": t.realised}
+        for t, s in zip(tried, flat, strict=True)
+    ]
+    return row
 
 
 METRICS = ("adam", "plain")
@@ -218,9 +211,10 @@ def fill(model, unsharings, budget):
     return chosen
 
 
-def fit(model, batches, steps, seed):
+def fit(model, batches, steps, seed, capture=False):
     config = LoopConfig(steps=steps, learning_rate=1e-3, weight_decay=0.0, seed=seed)
     update = GradientUpdate.from_config(_MeanLoss(model, language_loss), config)
+    update = Captured(update) if capture else update
     Loop(update, _Cycle(batches), config, progress=False).fit()
     model.eval()
 
@@ -230,36 +224,34 @@ def held(model, batches):
     return sum(float(language_loss(model, batch)) for batch in batches) / len(batches)
 
 
-def correlation(trials):
-    found = summarise(trials)
-    return {
-        "rho": found.correlation,
-        "low": found.low,
-        "high": found.high,
-        "per_parameter": found.per_parameter,
-        "suggested_gain": found.mean_gain("suggested"),
-        "random_gain": found.mean_gain("random"),
-        "suggested_per_million": 1e6 * found.mean_gain("suggested", True),
-        "random_per_million": 1e6 * found.mean_gain("random", True),
-    }
+def by_case(rows):
+    """The rows of each (model, fold, moment)."""
+    found = {}
+    for row in rows.values():
+        groups = [list(group) for group in row["groups"]]
+        found.setdefault(f"{row['model']}, {groups}, {row['moment']}", []).append(row)
+    return found
 
 
 def spent(rows):
-    """Held-out loss that one budget bought, over seeds."""
+    """Held-out loss that one budget bought, over seeds, and paired with the random choice."""
     table = []
-    for case in dict.fromkeys((row["model"], str(row["groups"])) for row in rows):
-        mine = [row for row in rows if (row["model"], str(row["groups"])) == case]
+    for case, mine in by_case(rows).items():
         for strategy in mine[0]["loss"]:
             if strategy == "nothing":
                 continue
-            bought = spread([row["loss"]["nothing"] - row["loss"][strategy] for row in mine])
+            gains = [row["loss"]["nothing"] - row["loss"][strategy] for row in mine]
+            over = [row["loss"]["random"] - row["loss"][strategy] for row in mine]
+            bought, better = spread(gains), spread(over)
             added = statistics.mean(row["added"][strategy] for row in mine)
             table.append(
                 {
-                    "spent on": f"{case[0]}, {case[1]}: {strategy}",
+                    "spent on": f"{case}: {strategy}",
                     "added": int(added),
                     "gain": bought["mean"],
                     "half_width": bought["half_width"],
+                    "over_random": better["mean"],
+                    "its_half_width": better["half_width"],
                     "gain_per_million": 1e6 * bought["mean"] / added if added else None,
                     "seeds": len(mine),
                 }
@@ -268,62 +260,49 @@ def spent(rows):
 
 
 def clause(rows):
-    """Rank correlation of predicted and realised gain, per row and metric."""
-    return [
-        {
-            "trials": f"{row['model']}, {row['groups']}, seed {row['seed']}: {metric}",
-            "rho": c["rho"],
-            "low": c["low"],
-            "high": c["high"],
-            "rho_per_parameter": c["per_parameter"],
+    """Rank correlation of predicted and realised gain inside each row, averaged over seeds.
+
+    The interval is a bootstrap over trials, resampled inside each row.
+    """
+    table = []
+    cases = by_case(rows)
+    for moment in MOMENTS:
+        together = [row for row in rows.values() if row["moment"] == moment]
+        if together:
+            cases[f"all, {moment}"] = together
+    for case, mine in cases.items():
+        predictors = {
+            "predicted (adam)": lambda t: t["adam"],
+            "predicted (plain)": lambda t: t["plain"],
+            "added parameters": lambda t: t["added"],
         }
-        for row in rows
-        for metric, c in row["correlation"].items()
-    ]
+        for name, predictor in predictors.items():
+            pairs = [[(predictor(t), t["gain"]) for t in row["trials"]] for row in mine]
+            each = [
+                [
+                    (predictor(t) / max(1, t["added"]), t["gain"] / max(1, t["added"]))
+                    for t in trials
+                ]
+                for trials in (row["trials"] for row in mine)
+            ]
+            rho, low, high = rank_correlation(pairs)
+            table.append(
+                {
+                    "trials": f"{case}: {name}",
+                    "count": sum(map(len, pairs)),
+                    "rho": rho,
+                    "low": low,
+                    "high": high,
+                    "rho_per_parameter": rank_correlation(each)[0]
+                    if name != "added parameters"
+                    else None,
+                }
+            )
+    return table
 
 
-def write(results, settings, folder):
-    rows = [row for row, _ in results]
-    pooled = correlation([t for _, tried in results for t in tried])
-    everywhere = {
-        "trials": "all together: adam",
-        "rho": pooled["rho"],
-        "low": pooled["low"],
-        "high": pooled["high"],
-        "rho_per_parameter": pooled["per_parameter"],
-    }
-    here = environment()
-    content = {
-        "command": " ".join(["python", "benchmarks/audit/unsharing.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "settings": settings,
-        "spent": spent(rows),
-        "clause": [*clause(rows), everywhere],
-        "rows": rows,
-        "trials": [
-            {"model": row["model"], "groups": row["groups"], "seed": row["seed"], **t.row()}
-            for row, tried in results
-            for t in tried
-        ],
-        "environment": here,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"audit_unsharing_{settings['moment']}.json"
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    return content
-
-
-def report(content):
-    for part, title in (
-        ("spent", "held-out loss bought at one budget"),
-        ("clause", "predicted against realised gain"),
-    ):
-        rounded = [
-            {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
-            for row in content[part]
-        ]
-        show_table(title, rounded)
+def _short(value):
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -171,43 +171,49 @@ def random_unsharings(
     return drawn
 
 
-def summarise(trials: Sequence[Trial], seed: int = 0, draws: int = 2000) -> Probe:
+def summarise(trials: Sequence[Trial], seed: int = 0) -> Probe:
     """Spearman's correlation over trials, with a bootstrap interval."""
-    predicted = [t.suggestion.predicted for t in trials]
-    realised = [t.realised for t in trials]
     added = [max(1, t.suggestion.added) for t in trials]
-    generator = random.Random(seed)
-    resampled = []
-    if len(trials) >= 4:
-        for _ in range(draws):
-            at = [generator.randrange(len(trials)) for _ in trials]
-            value = _spearman([predicted[i] for i in at], [realised[i] for i in at])
-            if not math.isnan(value):
-                resampled.append(value)
-    resampled.sort()
-    low, high = (
-        (resampled[int(0.025 * len(resampled))], resampled[int(0.975 * len(resampled))])
-        if resampled
-        else (math.nan, math.nan)
-    )
-    return Probe(
-        list(trials),
-        _spearman(predicted, realised),
-        low,
-        high,
-        _spearman(
-            [p / a for p, a in zip(predicted, added, strict=True)],
-            [r / a for r, a in zip(realised, added, strict=True)],
-        ),
-    )
+    pairs = [(t.suggestion.predicted, t.realised) for t in trials]
+    each = [(p / a, r / a) for (p, r), a in zip(pairs, added, strict=True)]
+    return Probe(list(trials), *rank_correlation([pairs], seed), rank_correlation([each], seed)[0])
 
 
-def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
+def rank_correlation(
+    sets: Sequence[Sequence[tuple[float, float]]], seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Spearman's correlation inside each set of pairs, averaged, and its 95 % bootstrap interval.
 
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return math.nan
-    return float(spearmanr(x, y).statistic)
+    Pairs are drawn anew inside their set; no interval below four pairs.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    arrays = [np.array(pairs, dtype=float).reshape(-1, 2) for pairs in sets]
+    centre = float(np.mean([_spearman(pairs[None])[0] for pairs in arrays])) if arrays else math.nan
+    if min(map(len, arrays), default=0) < 4:
+        return centre, math.nan, math.nan
+    drawn = [pairs[generator.integers(len(pairs), size=(draws, len(pairs)))] for pairs in arrays]
+    means = np.mean([_spearman(pairs) for pairs in drawn], axis=0)
+    if np.isnan(means).all():
+        return centre, math.nan, math.nan
+    low, high = np.nanquantile(means, (0.025, 0.975))
+    return centre, float(low), float(high)
+
+
+def _spearman(pairs: Any) -> Any:
+    """Of each of ``(n, trials, 2)``; NaN below three trials or where one side does not vary."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    if pairs.shape[1] < 3:
+        return np.full(len(pairs), math.nan)
+    ranks = rankdata(pairs, axis=1)
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    products = np.einsum("nti,ntj->nij", ranks, ranks)
+    spread = np.sqrt(products[:, 0, 0] * products[:, 1, 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 0, products[:, 0, 1] / spread, math.nan)
 
 
 class _MeanLoss(Task):
