@@ -6,7 +6,7 @@ from models import Cropped, Looped, TiedHead, TwoModules, batch
 from torch import nn
 
 from weightshare.audit import Unsharing, apply, audit, merge
-from weightshare.audit.suggest import KINDS
+from weightshare.audit.unsharing import KINDS
 from weightshare.errors import UserError
 from weightshare.sharing import size, tie
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from weightshare.audit import Suggestion, Unsharing, apply, audit
 from weightshare.audit.folded import is_folded, unshared_plan
-from weightshare.audit.suggest import KINDS
+from weightshare.audit.unsharing import KINDS
 from weightshare.errors import UserError
 from weightshare.folding import Delta, FoldPlan, fold, unfold
 from weightshare.folding.families import block_sizes

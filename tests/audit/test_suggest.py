@@ -27,7 +27,7 @@ from weightshare.audit.figures import (
     trials_data,
 )
 from weightshare.audit.honesty import random_unsharings, summarise
-from weightshare.audit.suggest import KINDS
+from weightshare.audit.unsharing import KINDS
 from weightshare.errors import UserError
 from weightshare.sharing import tie
 

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "examine": ["Audit", "Finding", "audit"],
         "layers": ["Layer"],
-        "suggest": ["Suggestion", "Unsharing", "predict"],
+        "unsharing": ["Unsharing"],
+        "suggest": ["Suggestion", "predict"],
         "lookalikes": ["Similar", "similar"],
         "budget": ["spend"],
         "unshare": ["apply", "merge"],

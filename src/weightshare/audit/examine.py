@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
-from weightshare.audit.suggest import Loss, Metric, Suggestion, suggest
+from weightshare.audit.steps import Loss, alone
+from weightshare.audit.suggest import Metric, Suggestion, suggest
 from weightshare.errors import UserError
 from weightshare.sharing import (
     CountSketch,
@@ -130,8 +131,8 @@ def audit(
             and eight forward and backward passes for each of the layers' three unsharings.
 
     Under ``torch.distributed`` each rank brings its share of every batch to a model wrapped in
-    DistributedDataParallel; gradients are averaged as DDP averages them. Suggestions are worked
-    out on each rank's own batches: take those of one rank.
+    DistributedDataParallel; gradients are averaged as DDP averages them, and all ranks return what
+    one process would on the whole batches.
 
     Raises:
         UserError: fewer than two batches, a batch that does not fit, a loss that is not finite.
@@ -148,6 +149,7 @@ def audit(
             "every parameter of the model is frozen, so none has a gradient to compare; "
             "call requires_grad_() on those to audit."
         )
+    reduce = all_reduce if inner is not model and dist.is_initialized() else alone
     with preserved(model):
         layers = first_look(model, inner, batches[0], loss, per)
         if not layers:
@@ -159,9 +161,7 @@ def audit(
         used = 0
         with per_use(model, names, keep=keep) as uses:
             for batch in batches:
-                gradients = uses.gradients(loss(model, batch))
-                if inner is not model and dist.is_initialized():
-                    gradients = all_reduce(gradients)
+                gradients = reduce(uses.gradients(loss(model, batch)))
                 for layer, gram in grams.items():
                     gram.update(by_user(layer, gradients))
                 used += 1
@@ -173,7 +173,7 @@ def audit(
         ]
         findings = opposed_first(findings)
         advice = (
-            suggest(inner, batches[:used], loss, findings, rank=rank, metric=metric)
+            suggest(inner, batches[:used], loss, findings, rank=rank, metric=metric, reduce=reduce)
             if suggestions
             else []
         )

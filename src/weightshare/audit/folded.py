@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightshare.audit.suggest import Suggestion, Unsharing
+from weightshare.audit.suggest import Suggestion
+from weightshare.audit.unsharing import Unsharing
 from weightshare.errors import UserError
 from weightshare.folding import Delta, FoldPlan
 from weightshare.folding.deltas import HEAD, without_empty_groups

@@ -18,8 +18,10 @@ from torch import nn
 
 from weightshare.audit.examine import Audit
 from weightshare.audit.layers import Layer
-from weightshare.audit.suggest import KINDS, Kind, Loss, Metric, Suggestion, Unsharing, predict
+from weightshare.audit.steps import Loss
+from weightshare.audit.suggest import Metric, Suggestion, predict
 from weightshare.audit.unshare import apply
+from weightshare.audit.unsharing import KINDS, Kind, Unsharing
 from weightshare.errors import UserError
 from weightshare.sharing.preserve import preserved
 from weightshare.training import GradientUpdate, Loop, LoopConfig, Losses, Task, Term

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from weightshare.audit.suggest import SAYS, Suggestion, Unsharing
+from weightshare.audit.suggest import Suggestion
+from weightshare.audit.unsharing import SAYS, Unsharing
 from weightshare.errors import UserError
 from weightshare.sharing import Use
 from weightshare.sharing.aliases import recomputing
