@@ -5,12 +5,14 @@
 One random Llama of about 300 million parameters (no weights are needed for time), all linear layers
 adapted. Every method takes the same steps in one run; a round measures all methods in turn, and
 what is kept is the median over rounds, so that a slow spell of the machine hits all alike. Step
-time is forward and backward with gradient checkpointing off and on. ``deep`` is a step
-of 64 narrow blocks, and its ratio to one of 32.
+time is forward and backward with gradient checkpointing off and on, on a GPU under autocast to
+bfloat16 (PEFT's own methods would else compute in float32). ``deep`` is a step of 64 narrow blocks,
+the ratio to one of 32, and that of the backward pass alone.
 """
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import tempfile
@@ -38,13 +40,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    table = Table("shards_cost", __doc__, parser)
+    parsed, _ = parser.parse_known_args()
+    place = "_gpu" if parsed.device.startswith("cuda") else ""
+    table = Table(f"shards_cost{place}", __doc__, parser)
     options = table.options
     if table.quick:
         options.width, options.blocks, options.rounds = 64, 4, 2
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = (4, 512) if device.type == "cuda" else (2, 64)
+    # On the GPU enough tokens that it, and not Python, is what takes the time.
+    shape = (16, 1024) if device.type == "cuda" else (2, 64)
     base = make(options.width, options.blocks, device, dtype)
     ids = torch.randint(0, base.config.vocab_size, shape, device=device)
     numbers = 2 * sum(t.in_features + t.out_features for t in linear_targets(base))
@@ -94,7 +99,17 @@ def main() -> None:
             if name.endswith(f", {part}")
         }
     table.write()
-    table.show(["milliseconds", "to_lora_r8", "peak_megabytes", "file_bytes", "tokens_per_second"])
+    table.show(
+        [
+            "milliseconds",
+            "to_lora_r8",
+            "peak_megabytes",
+            "file_bytes",
+            "load_seconds",
+            "tokens_per_second",
+            "backward_ratio",
+        ]
+    )
 
 
 def make(width: int, blocks: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -129,19 +144,32 @@ def switch(model: PeftModel, checkpointing: bool) -> None:
     model.train()
 
 
-def step(model: PeftModel, ids: torch.Tensor) -> None:
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+def step(model: PeftModel, ids: torch.Tensor) -> float:
+    """Forward and backward; the seconds of the latter."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    wait(ids.device)
+    begun = clock(ids.device)
+    loss.backward()
+    wait(ids.device)
+    took = clock(ids.device) - begun
     model.zero_grad(set_to_none=True)
+    return took
 
 
 def rounds(
     models: dict[str, PeftModel], ids: torch.Tensor, count: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of a step of every model, in turn."""
-    inner = 3 if device.type == "cuda" else 1
+    inner = 2 if device.type == "cuda" else 1
     times: dict[str, list[float]] = {name: [] for name in models}
+    # A collection of the garbage of all models would fall on the same one in every round.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     for turn in range(count + 1):
         for name, model in models.items():
+            gc.collect()
             wait(device)
             begun = clock(device)
             for _ in range(inner):
@@ -149,6 +177,8 @@ def rounds(
             wait(device)
             if turn:
                 times[name].append((clock(device) - begun) / inner)
+    gc.enable()
+    gc.unfreeze()
     return times
 
 
@@ -196,15 +226,28 @@ def growth(
     config: Callable[[], Any], options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Seconds of a step of a narrow model of 32 and of 64 blocks; 2 is linear."""
-    width = 64 if options.quick else 128
-    seconds = {}
-    for blocks in (4, 8) if options.quick else (32, 64):
-        model = adapted(make(width, blocks, device, dtype), config())
-        model.train()
-        ids = torch.randint(0, 256, (2, 64), device=device)
-        seconds[blocks] = statistics.median(rounds({"x": model}, ids, 3, device)["x"])
-    few, many = seconds.values()
-    return {"milliseconds": many * 1e3, "ratio": many / few}
+    width, few = (64, 4) if options.quick else (128, 32)
+    shape = (8, 512) if device.type == "cuda" else (2, 64)
+    ids = torch.randint(0, 256, shape, device=device)
+    whole, backward = {}, {}
+    models = {
+        blocks: adapted(make(width, blocks, device, dtype), config()).train()
+        for blocks in (few, 2 * few)
+    }
+    for turn in range(6):
+        for blocks, model in models.items():
+            begun = clock(device)
+            took = step(model, ids)
+            if turn:
+                backward.setdefault(blocks, []).append(took)
+                whole.setdefault(blocks, []).append(clock(device) - begun)
+    middle = statistics.median
+    return {
+        "milliseconds": middle(whole[2 * few]) * 1e3,
+        "ratio": middle(whole[2 * few]) / middle(whole[few]),
+        "backward_milliseconds": middle(backward[2 * few]) * 1e3,
+        "backward_ratio": middle(backward[2 * few]) / middle(backward[few]),
+    }
 
 
 def clock(device: torch.device) -> float:

@@ -1,19 +1,21 @@
 """What sharing shards buys at equal budget: the ladder from pure sharing to the full method.
 
-    python benchmarks/shards/replica.py [--quick] [--preset r1|r2] [--source TEXT] [--target TEXT]
+    python benchmarks/shards/replica.py [--quick] [--preset r1|r2] [--budgets] [--base FILE]
 
 A byte-level decoder is pre-trained on the running Python's standard library, frozen, and adapted to
 another language (Perl modules, or what ``--target`` names). Every method takes the learning rate
-that is best on watched text with seed 0, out of four; what is judged is other text. Seeds change
-the adapter's start and the order of the text. Rows of equal budget train the same number of
-parameters; VeRA and VB-LoRA cannot be brought to it and say what they train. ``r1``: 8 blocks of
-width 64, for a CPU. ``r2``: 12 blocks of width 512 in bfloat16, for a GPU.
+that is best on watched text with seed 0; what is judged is other text. Seeds change the adapter's
+start and the order of the text. Rows of equal budget train the same number of parameters; VeRA and
+VB-LoRA cannot be brought to it and say what they train. ``r1``: 8 blocks of width 64, for a CPU.
+``r2``: 12 blocks of width 512 in bfloat16, for a GPU. ``--budgets`` draws the curve of loss over
+parameters instead of the ladder, also below LoRA of rank 1.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,101 +23,100 @@ import numpy as np
 import torch
 from peft import LoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from peft.tuners import UniLoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import Table, spread
+from _sweep import fit, show, summary, sweep
+from _table import Table
 
 from weightshare.data.stdlib import gather_sources
 from weightshare.errors import UserError
-from weightshare.language import read_documents
+from weightshare.language import next_token_loss, read_documents
+from weightshare.report import replacing
 from weightshare.shards import MosConfig
 from weightshare.shards.methods import linear_targets
-from weightshare.shards.tuning import TuneTask
-from weightshare.training import Captured, EpochBatches, GradientUpdate, LoopConfig, held_out
+from weightshare.training import EpochBatches, LoopConfig, Losses, Place, Task, Term, held_out
 
 PRESETS = {
     "r1": {"blocks": 8, "width": 64, "inner": 192, "length": 64, "base": 450, "batch": 16},
     "r2": {"blocks": 12, "width": 512, "inner": 1536, "length": 256, "base": 1500, "batch": 32},
 }
-RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+RATES = {
+    "r1": (5e-3, 1e-2, 2e-2, 4e-2),
+    "r2": (2e-3, 4e-3, 8e-3),
+}
+BUDGETS = (0.25, 0.5, 1, 2, 4, 8, 16)
 PERL = "/usr/share/perl"
+BESIDE = {"lora": "LoRA r=2", "full": "MoS, all four"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="r1")
+    parser.add_argument("--budgets", action="store_true", help="the curve instead of the ladder")
+    parser.add_argument("--base", type=Path, help="pre-trained base, made if it is not there")
     parser.add_argument("--source", type=Path, help="text the base learns")
     parser.add_argument("--target", type=Path, default=Path(PERL), help="text to adapt to")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="methods, separated by semicolons")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parsed, _ = parser.parse_known_args()
-    table = Table(f"shards_replica_{parsed.preset}", __doc__, parser)
+    what = "budgets" if parsed.budgets else "replica"
+    table = Table(f"shards_{what}_{parsed.preset}", __doc__, parser)
     options = table.options
     size = PRESETS[options.preset]
     if table.quick:
-        size = {**size, "blocks": 4, "width": 32, "inner": 64, "base": 8}
-        options.steps, options.seeds = 4, 2
-    rates = RATES[1:3] if table.quick else RATES
+        size = {**size, "width": 32, "inner": 64, "base": 8}
+        options.steps, options.seeds = 6, 2
     bench = Bench(size, options)
-    table.facts |= {"preset": options.preset, "steps": options.steps, "base": bench.base_losses}
-    print(f"base: {bench.base_losses}", flush=True)
-    methods = ladder(bench)
-    if table.quick:
-        methods = {name: methods[name] for name in list(methods)[:3]}
+    methods = budgets(bench) if options.budgets else ladder(bench)
     if options.only:
         methods = {name: methods[name] for name in options.only.split(";")}
-    for name, make in methods.items():
-        swept = {}
-        for rate in rates:
-            key = f"{name} | {rate:g} | 0"
-            row = table.row(key, lambda make=make, rate=rate: bench.run(make, rate, 0))
-            if row is not None:
-                swept[rate] = row["watched"]
-        if not swept:
-            continue
-        best = min(swept, key=swept.__getitem__)
-        for seed in range(1, options.seeds):
-            key = f"{name} | {best:g} | {seed}"
-            table.row(key, lambda make=make, rate=best, seed=seed: bench.run(make, rate, seed))
-        table.facts["summary"] = summary(table.rows, list(methods), options.seeds)
-        table.write()
-    show(table.facts["summary"])
-    table.show(["judged"]) if table.quick else print(f"written to {table.file.name}")
+    elif table.quick:
+        methods = {name: methods[name] for name in [*list(methods)[:3], list(methods)[-1]]}
+    rates = RATES[options.preset][:2] if table.quick else RATES[options.preset]
+    table.facts |= {"preset": options.preset, "steps": options.steps, "base": bench.base_losses}
+    print(f"base: {bench.base_losses}", flush=True)
+    runs = {name: partial(bench.run, make) for name, make in methods.items()}
+    sweep(table, runs, dict.fromkeys(runs, rates), options.seeds)
+    table.facts["summary"] = summary(table.rows, methods, options.seeds, BESIDE)
+    table.write()
+    show(table.facts["summary"], BESIDE)
+    print(f"left out: {table.left_out}\nwritten to {table.file.name}")
 
 
 def ladder(bench: "Bench") -> dict[str, Callable[[], Any]]:
     """The methods by name, in the order in which they are worth having."""
     blocks, budget = bench.size["blocks"], 2
     numbers = budget * bench.unit
+    pure = {"rank": budget * blocks, "shards_per_vector": 1, "pair_dissociation": False}
 
     def mos(**more: Any) -> Callable[[], Any]:
-        usual = {"equivalent_rank": budget, "rank": 8, "shards_per_vector": 4, "private_rank": 0}
-        return lambda: MosConfig(target_modules="all-linear", **{**usual, **more})
+        return partial(shards, **{"equivalent_rank": budget, "rank": 8, **more})
 
-    def lora(rank: int) -> Callable[[], Any]:
-        return lambda: LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
-
-    pure = {"rank": budget * blocks, "shards_per_vector": 1, "pair_dissociation": False}
     return {
         "LoRA r=2": lora(2),
+        "MoS, all four": mos(private_rank=1),
         "MoS": mos(),
         "pure sharing": mos(**pure),
-        "MoS, private rank 1": mos(private_rank=1),
-        "LoRA r=8 (4x parameters)": lora(8),
-        "subset selection alone": mos(shards_per_vector=1, pair_dissociation=False),
         "pure sharing, random scaling": mos(**pure, row_scale="random"),
+        "subset selection alone": mos(shards_per_vector=1, pair_dissociation=False),
+        "all four but vector sharding": mos(private_rank=1, shards_per_vector=1),
+        "all four but pair dissociation": mos(private_rank=1, pair_dissociation=False),
+        "LoRA r=8 (4x parameters)": lora(8),
         "MoS, whole vectors": mos(shards_per_vector=1),
-        "MoS, A and B paired": mos(pair_dissociation=False),
         "MoS, balanced": mos(index_strategy="balanced"),
+        "MoS, scaled by use": mos(scale_by_use=True),
         "MoS, balanced, scaled by use": mos(index_strategy="balanced", scale_by_use=True),
-        "MoS, learned row scale": mos(row_scale="learned"),
         "MoS, pools by shape": mos(pool_scope="shape"),
+        "MoS, one pool": mos(pool_scope="all"),
         "MoS, A 1 and B 3": mos(equivalent_rank=1, output_rank=3),
-        "Uni-LoRA": lambda: UniLoraConfig(r=8, theta_d_length=numbers, target_modules="all-linear"),
+        "MoS, A 3 and B 1": mos(equivalent_rank=3, output_rank=1),
+        "MoS, learned row scale": mos(row_scale="learned"),
         "VB-LoRA": lambda: VBLoRAConfig(
             r=4,
             num_vectors=90,
@@ -123,7 +124,50 @@ def ladder(bench: "Bench") -> dict[str, Callable[[], Any]]:
             target_modules="all-linear",
         ),
         "VeRA": lambda: VeraConfig(r=256, target_modules="all-linear"),
+        "Uni-LoRA": lambda: UniLoraConfig(r=8, theta_d_length=numbers, target_modules="all-linear"),
     }
+
+
+def budgets(bench: "Bench") -> dict[str, Callable[[], Any]]:
+    """LoRA, MoS and Uni-LoRA from a quarter of a rank to sixteen."""
+    found: dict[str, Callable[[], Any]] = {}
+    for e in BUDGETS:
+        rank = max(2, round(4 * e))
+        fits = min(rank, int(e * bench.size["blocks"]))
+        if e >= 1:
+            found[f"LoRA r={e}"] = lora(int(e))
+        found[f"MoS e={e:g}"] = partial(shards, equivalent_rank=e, rank=fits)
+        found[f"MoS, whole vectors e={e:g}"] = partial(
+            shards, equivalent_rank=e, rank=fits, shards_per_vector=1, index_strategy="balanced"
+        )
+        if e <= 2:
+            found[f"Uni-LoRA e={e:g}"] = partial(
+                UniLoraConfig,
+                r=4,
+                theta_d_length=round(e * bench.unit),
+                target_modules="all-linear",
+            )
+    return found
+
+
+def shards(**options: Any) -> MosConfig:
+    usual = {"shards_per_vector": 4, "private_rank": 0, "target_modules": "all-linear"}
+    return MosConfig(**{**usual, **options})
+
+
+def lora(rank: int) -> Callable[[], Any]:
+    return lambda: LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
+
+
+class Bytes(Task):
+    """Next-byte loss of windows without padding."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Losses:
+        return {"cross_entropy": Term(*next_token_loss(self.model(input_ids=ids).logits, ids))}
 
 
 class Bench:
@@ -140,14 +184,13 @@ class Bench:
         else:
             source = "\n".join(read_documents(options.source))
         target = read_target(options.target)
-        self.source = byte_windows(source, length)
-        windows = byte_windows(target, length)
+        self.source, windows = byte_windows(source, length), byte_windows(target, length)
         held = len(windows) // 5
         self.train, rest = windows[:-held], windows[-held:]
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
         count = 32 if options.quick else min(256, len(rest) // 2)
         self.watched, self.judged = rest[order[:count]], rest[order[count : 2 * count]]
-        self.base = self.pretrained()
+        self.base = self.pretrained(options.base)
         self.unit = sum(t.in_features + t.out_features for t in linear_targets(self.base))
         self.base_losses = {
             "parameters": sum(p.numel() for p in self.base.parameters()),
@@ -155,26 +198,36 @@ class Bench:
             "target": self.loss(self.base, self.judged),
         }
 
-    def pretrained(self) -> LlamaForCausalLM:
+    def pretrained(self, kept: Path | None) -> LlamaForCausalLM:
         size = self.size
+        heads = max(4, size["width"] // 64)
         config = LlamaConfig(
             vocab_size=256,
             hidden_size=size["width"],
             intermediate_size=size["inner"],
             num_hidden_layers=size["blocks"],
-            num_attention_heads=max(4, size["width"] // 64),
-            num_key_value_heads=max(4, size["width"] // 64),
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=size["length"],
             tie_word_embeddings=True,
+            use_cache=False,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
         )
+        config._attn_implementation = "causal"
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(self.device)
+        if kept is not None and kept.is_file():
+            model.load_state_dict(load_file(kept), strict=False)
+            return model.eval()
         rate = 4e-3 if size["width"] <= 64 else 1e-3
         loop = LoopConfig(steps=size["base"], learning_rate=rate, precision=self.precision)
-        self.fit(model, self.source[:-256], loop, 24 if size["width"] <= 64 else 64)
+        batch = 24 if size["width"] <= 64 else 64
+        fit(Bytes(model), Batches(self.source[:-256], batch, 0), loop, self.device)
+        if kept is not None:
+            with replacing(kept) as path:
+                save_file(dict(model.named_parameters()), path)
         return model.eval()
 
     @property
@@ -185,7 +238,8 @@ class Bench:
         """Train one adapter; held-out losses in nats per byte."""
         torch.manual_seed(seed)
         begun = time.perf_counter()
-        model = get_peft_model(self.base, make())
+        adapter = make()
+        model = get_peft_model(self.base, adapter).train()
         config = LoopConfig(
             steps=self.options.steps,
             learning_rate=rate,
@@ -196,8 +250,11 @@ class Bench:
             seed=seed,
         )
         trained = model.get_nb_trainable_parameters()[0]
+        batches = Batches(self.train, self.size["batch"], seed)
+        # VB-LoRA looks at its logits on the host at every step.
+        captured = adapter.peft_type != "VBLORA" and not self.options.eager
         try:
-            self.fit(model.train(), self.train, config, self.size["batch"])
+            fit(Bytes(model), batches, config, self.device, captured)
             watched, judged = (self.loss(model, part) for part in (self.watched, self.judged))
         except UserError:
             watched = judged = float("inf")
@@ -205,24 +262,17 @@ class Bench:
         seconds = round(time.perf_counter() - begun, 2)
         return {"watched": watched, "judged": judged, "trained": trained, "seconds": seconds}
 
-    def fit(self, model: Any, windows: Tensor, config: LoopConfig, batch: int) -> None:
-        update: Any = GradientUpdate.from_config(TuneTask(model), config)
-        place = type(update.place)(self.device, config.precision)
-        update = Captured(update) if self.device.type == "cuda" else update
-        update.move(place)
-        batches = EpochBatches(windows, batch, config.seed)
-        for step in range(config.steps):
-            update.apply(update.prepare(columns(batches[step]), step))
-
     def loss(self, model: Any, windows: Tensor) -> float:
-        parts = [columns(part.to(self.device)) for part in windows.split(64)]
+        place = Place(self.device, self.precision)
         with torch.no_grad():
-            return held_out(TuneTask(model), parts)["loss"]
+            return held_out(Bytes(model), windows.long().split(64), place)["loss"]
 
 
-def columns(windows: Tensor) -> dict[str, Tensor]:
-    ids = windows.long()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+class Batches(EpochBatches):
+    """Bytes are kept as they are; a batch is of token ids."""
+
+    def __getitem__(self, step: int) -> Tensor:
+        return super().__getitem__(step).long()
 
 
 def byte_windows(text: str, length: int) -> Tensor:
@@ -238,47 +288,6 @@ def read_target(path: Path) -> str:
         files = sorted({file.resolve() for file in path.rglob("*.pm")})
         return "\n".join(file.read_text("utf-8", errors="replace") for file in files)[:2_000_000]
     return path.read_text("utf-8")
-
-
-def summary(rows: Mapping[str, Any], methods: list[str], seeds: int) -> dict[str, Any]:
-    """By method: best rate, mean over seeds with its interval, and the paired difference to LoRA of
-    equal budget."""
-    found: dict[str, Any] = {}
-    for name in methods:
-        of = {k.split(" | ")[1]: r for k, r in rows.items() if k.startswith(f"{name} | ")}
-        swept = {k: rows[f"{name} | {k} | 0"]["watched"] for k in of if f"{name} | {k} | 0" in rows}
-        if not swept:
-            continue
-        best = min(swept, key=swept.__getitem__)
-        keys = [f"{name} | {best} | {seed}" for seed in range(seeds)]
-        runs = [rows[key]["judged"] for key in keys if key in rows]
-        figures = spread(runs)
-        found[name] = {
-            "trained": rows[keys[0]]["trained"],
-            "rate": float(best),
-            "loss": figures["mean"],
-            "half_width": figures["half_width"],
-            "seeds": len(runs),
-            "runs": runs,
-        }
-    base = found.get("LoRA r=2")
-    for figures in found.values():
-        if base is not None and len(figures["runs"]) == len(base["runs"]) > 1:
-            pairs = zip(figures["runs"], base["runs"], strict=True)
-            paired = spread([one - other for one, other in pairs])
-            figures["to_lora"] = paired["mean"]
-            figures["to_lora_half_width"] = paired["half_width"]
-    return found
-
-
-def show(found: Mapping[str, Any]) -> None:
-    print(f"\n{'method':<32}{'trained':>9}{'rate':>7}{'nats/byte':>18}{'to LoRA r=2':>20}")
-    for name, row in found.items():
-        difference = (
-            f"{row['to_lora']:+.4f} ± {row['to_lora_half_width']:.4f}" if "to_lora" in row else "-"
-        )
-        loss = f"{row['loss']:.4f} ± {row['half_width']:.4f}"
-        print(f"{name:<32}{row['trained']:>9,}{row['rate']:>7g}{loss:>18}{difference:>20}")
 
 
 if __name__ == "__main__":
