@@ -3,8 +3,9 @@
     python benchmarks/equivariant/ethanol.py [--quick] [--seconds 170] [--networks ponita,pnita]
 
 Data: ethanol_ccsdt_1000.npz (WEIGHTSHARE_DATA or --data), 850 training, 50 validation and 99 test
-structures. The averaged weights of the last step are tested, plain and symmetrised over five
-rotations; standard errors are over test structures.
+structures. The averaged weights of the last step are tested, plain and symmetrised over several
+rotations; standard errors are over test structures. ``--epochs`` trains for so many instead, where
+the machine is shared.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _training import fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table
@@ -23,14 +25,15 @@ from weightshare.data import locate
 from weightshare.equivariant import (
     PonitaPotential,
     PotentialTask,
-    RotatedUpdate,
     read_structures,
     stack_molecules,
     symmetrise,
 )
 from weightshare.equivariant.potential_task import VECTORS
-from weightshare.training import Captured, EpochBatches, LoopConfig
-from weightshare.training import Loop as TrainingLoop
+from weightshare.training import EpochBatches
+
+ROTATIONS = (5, 20)
+"""Test-time rotations that are averaged over."""
 
 
 def test(task: PotentialTask, data: dict[str, torch.Tensor], device: str) -> dict[str, float]:
@@ -47,15 +50,14 @@ def test(task: PotentialTask, data: dict[str, torch.Tensor], device: str) -> dic
     }  # fmt: skip
 
 
-def train(
-    name: str, seed: int, budget: float, path: str, device: str, quick: bool, keep: Path | None
-) -> dict:
+def train(name: str, seed: int, budget: float, options: argparse.Namespace) -> dict:
+    path, device = options.data, options.device
     data = stack_molecules(read_structures(path))
     with np.load(path, allow_pickle=False) as file:
         rows = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
     sets = {part: {k: v[index] for k, v in data.items()} for part, index in rows.items()}
     torch.manual_seed(seed)
-    size: dict = {"hidden": 16, "basis": 16, "layers": 2, "orientations": 6} if quick else {}
+    size: dict = {"hidden": 16, "basis": 16, "layers": 2} if options.quick else {}
     if "small" in name:
         size = {"hidden": 32, "basis": 32, "layers": 3, "orientations": 12}
     if "pnita" in name:
@@ -71,50 +73,21 @@ def train(
     batches = EpochBatches(sets["train"], 10, seed)
     first = {k: v.to(device) for k, v in batches[0].items()}
     potential.calibrate_(first["numbers"], first["positions"])
-
-    def build(steps: int) -> tuple[Captured, LoopConfig]:
-        config = LoopConfig(
-            steps=steps, learning_rate=3e-3 if "small" in name else 5e-4, weight_decay=1e-16,
-            clip=0.5, ema_decay=0.99, warmup_fraction=0.02, seed=seed,
-            log_every=200, checkpoint_every=0,
-        )  # fmt: skip
-        return Captured(RotatedUpdate.from_config(task, config, vectors=VECTORS)), config
-
-    begun = time.monotonic()
-    kept = {k: v.clone() for k, v in task.state_dict().items()}
-    each = step_seconds(build(1000)[0], batches)
-    task.load_state_dict(kept)
-    steps = max(int((budget - (time.monotonic() - begun)) * 0.95 / each), 20)
-    update, config = build(steps)
-    begun, processor = time.monotonic(), time.process_time()
-    TrainingLoop(update, batches, config, progress=False).fit()
-    about = {
-        "processor_seconds": time.process_time() - processor,
-        "parameters": sum(p.numel() for p in task.parameters()),
-        "steps": steps, "epochs": steps * 10 / len(rows["train"]),
-        "seconds": time.monotonic() - begun, "ms_per_step": 1000 * each,
-    }  # fmt: skip
-    found = {**about, **test(task, sets["test"], device)}
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        potential.save(keep / f"ethanol-{name}-{seed}.safetensors")
-    if "pnita" not in name:
-        potential.network = symmetrise(potential.network, 5)
+    found = fit(
+        task, batches, seconds=budget, epochs=options.epochs, update={"vectors": VECTORS},
+        learning_rate=3e-3 if "small" in name else options.rate, weight_decay=1e-16, clip=0.5,
+        ema_decay=0.99 if "small" in name else options.average, warmup_fraction=0.02, seed=seed,
+    )  # fmt: skip
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        potential.save(options.keep / f"ethanol-{name}-{seed}.safetensors")
+    found |= test(task, sets["test"], device)
+    plain = potential.network
+    for rotations in ROTATIONS if "pnita" not in name else ():
+        potential.network = symmetrise(plain, rotations)
         averaged = test(task, sets["test"], device)
-        found |= {f"rotated_5_{key}": value for key, value in averaged.items()}
+        found |= {f"rotated_{rotations}_{key}": value for key, value in averaged.items()}
     return found
-
-
-def step_seconds(update: Captured, batches: EpochBatches) -> float:
-    """Median time of a step once it is captured."""
-    times = []
-    for step in range(50 if update.device.type == "cuda" else 6):
-        begun = time.perf_counter()
-        metrics = update.apply(update.prepare(batches[step], step))
-        float(metrics["loss"])
-        times.append(time.perf_counter() - begun)
-    times = times[len(times) // 2 :]
-    return sorted(times)[len(times) // 2]
 
 
 def main() -> None:
@@ -124,21 +97,19 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the trained potentials")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, default=170, help="training time of a row")
+    parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
+    parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of averaged weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("equivariant_ethanol", __doc__, parser)
     options = table.options
     torch.set_float32_matmul_precision("high")
-    path = options.data or str(locate("ethanol_ccsdt_1000"))
+    options.data = options.data or str(locate("ethanol_ccsdt_1000"))
     seconds = 15 if table.quick else options.seconds
     for seed in map(int, options.seeds.split(",")):
         for name in options.networks.split(","):
             budget = min(seconds, table.end - time.monotonic())
-            table.row(
-                f"{name}, seed {seed}",
-                functools.partial(
-                    train, name, seed, budget, path, options.device, table.quick, options.keep
-                ),
-            )
+            table.row(f"{name}, seed {seed}", functools.partial(train, name, seed, budget, options))
     table.show(
         ["epochs", "seconds", "energy_mae_mev", "force_mae_mev_a", "rotated_5_energy_mae_mev",
          "rotated_5_force_mae_mev_a"]

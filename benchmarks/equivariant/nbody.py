@@ -1,10 +1,13 @@
-"""N-body: test MSE of PONITA and EGNN, trained equally long on the published data.
+"""N-body: test MSE of PONITA and EGNN on the published data.
 
     python benchmarks/equivariant/nbody.py [--quick] [--seconds 180] [--seeds 0,1,2] [--device cuda]
 
 Data: nbody_small_7000.npz (WEIGHTSHARE_DATA or --data), else simulated. Per row: one network, one
-seed, a fixed budget of seconds; weights are averaged, the best by validation is tested. Networks of
-one seed are compared by the paired differences of their errors over the test trajectories.
+seed, a budget of seconds or of epochs; weights are averaged, the best by validation is tested.
+
+Networks are named SIZE+CHANGE+CHANGE: see ``CHANGES``. ``--errors FOLDER`` keeps the error of every
+test trajectory there; ``--compare`` then adds for every network the difference to the first one,
+paired over trajectories and averaged over the seeds that both have.
 """
 
 import argparse
@@ -16,21 +19,37 @@ from pathlib import Path
 import numpy as np
 import torch
 from _egnn import Egnn
+from _training import fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table
 
 from weightshare.data import locate
-from weightshare.equivariant import DynamicsTask, NBody, Ponita, RotatedUpdate, make_nbody
+from weightshare.equivariant import DynamicsTask, NBody, Ponita, make_nbody, symmetrise
 from weightshare.equivariant.dynamics import VECTORS, columns, sample_errors
 from weightshare.equivariant.nbody import constant_velocity
-from weightshare.training import Captured, EpochBatches, LoopConfig
-from weightshare.training import Loop as TrainingLoop
+from weightshare.training import EpochBatches
 
-SIZES = {
+SIZES: dict[str, dict] = {
     "published": {"orientations": 16, "hidden": 128, "basis": 256, "layers": 5},
     "small": {"orientations": 8, "hidden": 32, "basis": 32, "layers": 3},
+    "full": {
+        "orientations": 12, "hidden": 48, "basis": 48, "layers": 5,
+        "convolution": "full", "invariants": "complete",
+    },
+}  # fmt: skip
+CHANGES: dict[str, dict] = {
+    "dodecahedron": {"orientations": 20},
+    "narrow": {"hidden": 64, "basis": 64},
+    "wide": {"hidden": 192},
+    "unaveraged": {},
+    "momentum": {},
+    "signs": {},
+    "decay": {},
 }
+"""Sizes; plain weights; momentum conserved exactly; charges flipped at random; weight decay."""
+ROTATIONS = 5
+"""Test-time rotations that are averaged over."""
 
 
 def load(path: str | None, quick: bool) -> dict[str, NBody]:
@@ -44,91 +63,70 @@ def load(path: str | None, quick: bool) -> dict[str, NBody]:
     return {part: whole.take(found[f"{part}_idx"]) for part in ("train", "valid", "test")}
 
 
-def network(name: str) -> torch.nn.Module:
-    if name.startswith("egnn"):  # as many weights as the PONITA of that size
-        return Egnn(hidden=180 if name == "egnn" else 32, layers=4)
-    size = SIZES[name.removeprefix("ponita-")]
+def network(kind: str, changes: list[str]) -> torch.nn.Module:
+    if kind.startswith("egnn"):  # as many weights as the PONITA of that size
+        return Egnn(hidden=180 if kind == "egnn" else 32, layers=4)
+    size = dict(SIZES[kind.removeprefix("ponita-")])
+    for change in changes:
+        size |= CHANGES[change]
     return Ponita(1, 1, vectors_out=1, layer_scale=1e-6, level="node", **size)
 
 
 def train(
-    name: str, seed: int, budget: float, epochs: int, sets: dict[str, NBody], device: str
+    name: str, seed: int, budget: float, sets: dict[str, NBody], options: argparse.Namespace
 ) -> dict:
+    kind, *changes = name.split("+")
     torch.manual_seed(seed)
-    task = DynamicsTask(network(name)).to(device)
+    horizon = sets["train"].time if "momentum" in changes else None
+    task = DynamicsTask(network(kind, changes), horizon).to(options.device)
     batches = EpochBatches(columns(sets["train"]), 100, seed)
-    if not name.startswith("egnn"):
-        first = {k: v.to(device) for k, v in batches[0].items()}
+    if not kind.startswith("egnn"):
+        first = {k: v.to(options.device) for k, v in batches[0].items()}
         task.network.calibrate_(
             first["start"], first["charges"].unsqueeze(-1), first["velocity"].unsqueeze(-2)
         )
-    epoch = max(len(sets["train"]) // 100, 1)
-    rate = 3e-3 if name in ("ponita-small", "egnn-small") else 1e-3
-    average = 0.99 if name.endswith("small") else 0.999
-
-    def build(steps: int) -> tuple[Captured, LoopConfig]:
-        config = LoopConfig(
-            steps=steps, learning_rate=rate, weight_decay=1e-10, clip=0.5, ema_decay=average,
-            warmup_fraction=min(10 * epoch / max(steps, 1), 0.1), seed=seed,
-            log_every=10 * epoch, evaluate_every=max(steps // 40, 1), watch="mse",
-            keep_best=True, checkpoint_every=0,
-        )  # fmt: skip
-        return Captured(RotatedUpdate.from_config(task, config, vectors=VECTORS)), config
-
-    steps = epochs * epoch
-    if not epochs:
-        # How long a step takes decides how many there will be; what the trial changes is undone.
-        begun = time.monotonic()
-        kept = {k: v.clone() for k, v in task.state_dict().items()}
-        each = step_seconds(build(1000)[0], batches)
-        task.load_state_dict(kept)
-        steps = max(int((budget - (time.monotonic() - begun)) * 0.93 / each), 20)
-    update, config = build(steps)
-
-    def evaluate() -> dict[str, float]:
-        return {"mse": float(sample_errors(task, sets["valid"]).mean())}
-
-    begun, processor = time.monotonic(), time.process_time()
-    TrainingLoop(update, batches, config, evaluate=evaluate, progress=False).fit()
-    seconds, processor = time.monotonic() - begun, time.process_time() - processor
+    small = kind.endswith("small")
+    found = fit(
+        task, batches, seconds=budget, epochs=options.epochs,
+        update={"vectors": VECTORS, "signs": ("charges",) if "signs" in changes else ()},
+        evaluate=lambda: {"mse": float(sample_errors(task, sets["valid"]).mean())},
+        evaluations=10 if small else 40, watch="mse", keep_best=True, clip=0.5, seed=seed,
+        learning_rate=3e-3 if small else 1e-3, weight_decay=0.1 if "decay" in changes else 1e-10,
+        ema_decay=None if "unaveraged" in changes else 0.99 if small else 0.999,
+        warmup_fraction=0.03 if small else 0.01,
+    )  # fmt: skip
     errors = {part: sample_errors(task, sets[part]) for part in ("train", "valid", "test")}
-    return {
-        "parameters": sum(p.numel() for p in task.parameters()),
-        "steps": steps,
-        "epochs": steps / epoch,
-        "seconds": seconds,
-        "processor_seconds": processor,
-        "ms_per_step": 1000 * seconds / steps,
-        **{f"{part}_mse": float(e.mean()) for part, e in errors.items()},
-        "test_standard_error": float(errors["test"].std() / len(errors["test"]) ** 0.5),
-        "errors": errors["test"],
-    }
+    found |= {f"{part}_mse": float(e.mean()) for part, e in errors.items()}
+    found["test_standard_error"] = float(errors["test"].std() / len(errors["test"]) ** 0.5)
+    if options.errors is not None:
+        options.errors.mkdir(parents=True, exist_ok=True)
+        np.save(options.errors / f"{name},{seed}.npy", errors["test"].astype(np.float32))
+    if kind.startswith("ponita"):
+        turned = DynamicsTask(symmetrise(task.network, ROTATIONS), horizon)
+        averaged = sample_errors(turned, sets["test"])
+        found[f"rotated_{ROTATIONS}_test_mse"] = float(averaged.mean())
+    return found
 
 
-FIRST: dict[int, np.ndarray] = {}
-"""Errors of the first network of each seed in this run."""
-
-
-def paired(row: dict, seed: int) -> dict:
-    """The row with its mean difference to the seed's first network over the same trajectories."""
-    errors = row.pop("errors")
-    off = errors - FIRST.setdefault(seed, errors)
-    if off.any():
-        row["against_first"] = float(off.mean())
-        row["against_first_standard_error"] = float(off.std(ddof=1) / len(off) ** 0.5)
-    return row
-
-
-def step_seconds(update: Captured, batches: EpochBatches) -> float:
-    """Median time of a step once it is captured."""
-    times = []
-    for step in range(50 if update.device.type == "cuda" else 6):
-        begun = time.perf_counter()
-        metrics = update.apply(update.prepare(batches[step], step))
-        float(metrics["loss"])
-        times.append(time.perf_counter() - begun)
-    times = times[len(times) // 2 :]
-    return sorted(times)[len(times) // 2]
+def compare(folder: Path, first: str) -> dict[str, dict]:
+    """Differences to the first network: mean over seeds and trajectories, standard error over the
+    trajectories of the seeds' mean."""
+    errors: dict[str, dict[str, np.ndarray]] = {}
+    for file in sorted(folder.glob("*.npy")):
+        name, seed = file.stem.rsplit(",", 1)
+        errors.setdefault(name, {})[seed] = np.load(file, allow_pickle=False).astype(float)
+    found = {}
+    for name, mine in errors.items():
+        seeds = sorted(set(mine) & set(errors[first]))
+        means = [float(mine[seed].mean()) for seed in sorted(mine)]
+        row: dict = {"seeds": len(means), "test_mse": float(np.mean(means))}
+        row["spread_over_seeds"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        if name != first and seeds:
+            off = np.mean([mine[seed] - errors[first][seed] for seed in seeds], axis=0)
+            row["seeds_compared"], row["against_first"] = len(seeds), float(off.mean())
+            row["against_first_standard_error"] = float(off.std(ddof=1) / len(off) ** 0.5)
+        found[name] = row
+    return dict(sorted(found.items(), key=lambda item: (item[0] != first, item[1]["test_mse"])))
 
 
 def main() -> None:
@@ -138,30 +136,29 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, default=180, help="training time of a row")
     parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
+    parser.add_argument("--errors", type=Path, help="folder for the error of every trajectory")
+    parser.add_argument("--compare", action="store_true", help="networks by what --errors holds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("equivariant_nbody", __doc__, parser)
     options = table.options
     torch.set_float32_matmul_precision("high")
+    names = ("ponita-small,egnn" if table.quick else options.networks).split(",")
+    if options.compare:
+        table.facts["compared"] = compare(options.errors, names[0])
+        table.write()
+        for name, row in table.facts["compared"].items():
+            print(name, row)
+        return
     sets = load(options.data, table.quick)
     fitted = constant_velocity(sets["train"], sets["test"])
     table.row("constant velocity", lambda: {"test_mse": fitted})
     seconds = 8 if table.quick else options.seconds
-    names = "ponita-small,egnn" if table.quick else options.networks
     for seed in map(int, options.seeds.split(",")):
-        for name in names.split(","):
+        for name in names:
             budget = min(seconds, table.end - time.monotonic())
-            row = functools.partial(train, name, seed, budget, options.epochs, sets, options.device)
-            table.row(f"{name}, seed {seed}", lambda row=row, seed=seed: paired(row(), seed))
-    table.show(
-        [
-            "parameters",
-            "epochs",
-            "processor_seconds",
-            "valid_mse",
-            "test_mse",
-            "test_standard_error",
-        ]
-    )
+            row = functools.partial(train, name, seed, budget, sets, options)
+            table.row(f"{name}, seed {seed}", row)
+    table.show(["epochs", "processor_seconds", "valid_mse", "test_mse", "test_standard_error"])
 
 
 if __name__ == "__main__":

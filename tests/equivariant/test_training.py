@@ -151,3 +151,20 @@ def test_the_small_network_reaches_the_error_of_larger_peers_on_the_published_ta
     Loop(update, EpochBatches(data, 100), config, progress=False).fit()
     assert sum(p.numel() for p in task.parameters()) < 35_000
     assert sample_errors(task, test).mean() < 0.0060
+
+
+def test_conserved_momentum_and_flipped_charges_are_exact():
+    data = columns(make_nbody(6, frames=(0, 1)))
+    task = dynamics_task()
+    task.horizon = 0.1
+    said = task.predict(data)
+    centre = data["start"].mean(1) + 0.1 * data["velocity"].mean(1)
+    assert close(said.mean(1), centre, 1e-5)
+    assert close(said.mean(1), data["target"].mean(1), 1e-4)  # the simulation conserves it, too
+    boosted = data | {"velocity": data["velocity"] + torch.tensor([0.3, -0.2, 0.1])}
+    assert close(task.predict(boosted), said + 0.1 * torch.tensor([0.3, -0.2, 0.1]), 1e-5)
+    update = RotatedUpdate.from_config(task, LoopConfig(), vectors=VECTORS, signs=("charges",))
+    torch.manual_seed(0)
+    factor = update.prepare(data, 0)["charges"] / data["charges"]
+    assert set(factor.unique().tolist()) == {-1.0, 1.0}
+    assert (factor == factor[:, :1]).all()

@@ -43,6 +43,8 @@ class RotatedUpdate(GradientUpdate):
 
     Args:
         vectors, tensors: keys of the batch that turn, see ``turned``; the rest stays as it is.
+        signs: keys that change sign together in half of the examples: all charges, where only
+            their products act.
         examples: key whose first axis counts the examples.
     """
 
@@ -53,14 +55,23 @@ class RotatedUpdate(GradientUpdate):
         *,
         vectors: Sequence[str],
         tensors: Sequence[str] = (),
+        signs: Sequence[str] = (),
         examples: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(task, optimizer, **options)
         self.vectors, self.tensors = tuple(vectors), tuple(tensors)
-        self.examples = examples or self.vectors[0]
+        self.signs, self.examples = tuple(signs), examples or self.vectors[0]
 
     def prepare(self, batch: Any, step: int) -> Any:
         first = batch[self.vectors[0]]
         turns = random_rotations(len(batch[self.examples]), first.shape[-1]).to(first)
-        return super().prepare(turned(batch, turns, self.vectors, self.tensors), step)
+        batch = turned(batch, turns, self.vectors, self.tensors)
+        if self.signs:
+            sign = 1.0 - 2.0 * torch.randint(2, (len(turns),))
+            batch |= {name: _times(batch[name], sign) for name in self.signs}
+        return super().prepare(batch, step)
+
+
+def _times(x: Tensor, factors: Tensor) -> Tensor:
+    return x * factors.to(x).view(-1, *(1,) * (x.ndim - 1))

@@ -18,17 +18,29 @@ class DynamicsTask(Task):
 
     The network takes the charge as scalar and the velocity as vector of every particle; all
     particles of a trajectory are connected.
+
+    Args:
+        network: a ``Ponita`` or another module with its arguments and results.
+        horizon: time to the target. Where it is given, momentum is conserved exactly: the network
+            sees velocities about their mean and moves particles about their common centre, which
+            drifts with that mean (equal masses). As published without.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, horizon: float | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.horizon = network, horizon
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
         """Final positions, (B, n, 3)."""
-        charges, velocity = batch["charges"].unsqueeze(-1), batch["velocity"].unsqueeze(-2)
-        move: Tensor = self.network(batch["start"], charges, velocity).vectors.squeeze(-2)
-        return batch["start"] + move
+        start, charges, velocity = batch["start"], batch["charges"], batch["velocity"]
+        drift = velocity.mean(-2, keepdim=True)
+        if self.horizon is not None:
+            velocity = velocity - drift
+        said = self.network(start, charges.unsqueeze(-1), velocity.unsqueeze(-2))
+        move: Tensor = said.vectors.squeeze(-2)
+        if self.horizon is not None:
+            move = move - move.mean(-2, keepdim=True) + self.horizon * drift
+        return start + move
 
     def forward(self, batch: Any) -> Losses:
         error = (self.predict(batch) - batch["target"]).square()

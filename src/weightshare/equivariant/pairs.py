@@ -48,8 +48,8 @@ class Pairs:
             return
         for low in range(0, max(len(self.delta), 1), size):
             rows = slice(low, low + size)
-            edges = {"source": self.source[rows], "target": self.target[rows]}
-            yield replace(self, delta=self.delta[rows], **edges), field
+            source, target = self.source[rows], self.target[rows]
+            yield replace(self, delta=self.delta[rows], source=source, target=target), field
 
     def reversed(self) -> "Pairs":
         """The same pairs with senders and receivers exchanged; only for ``senders`` and ``sum``."""
