@@ -1,10 +1,14 @@
 """``weightshare tune`` as a person uses it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import weightshare.shards  # noqa: F401
@@ -103,13 +107,41 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(model_folder, text_file, tmp_
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
+def test_two_processes_sweep_and_train_like_one(model_folder, instructions, tmp_path):
+    """Adapter-only data parallel: half of every batch on each, one run directory, same adapter."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["tune", str(model_folder), "--data", str(instructions), *SHORT, "--batch-size", "4"]
+    options += ["--sweep", "1e-3,1e-2", "--device", "cpu"]
+    found = {}
+    for name, how in (("one", []), ("two", launcher)):
+        command = [sys.executable, *how, "-m", "weightshare", *options, "--out", tmp_path / name]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        facts = json.loads((tmp_path / name / "summary.json").read_text())
+        adapter = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        found[name] = facts, adapter
+    (one, adapter), (two, other) = found["one"], found["two"]
+    assert two["finished"] and two["learning_rate"] == one["learning_rate"]
+    assert two["loss"]["after"] == pytest.approx(one["loss"]["after"], abs=1e-4)
+    for key, tensor in adapter.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [
         ("lora", ["--rank", "3", "--dropout", "0.1"]),
         ("vera", ["--options", "r=8,projection_prng_key=5", "--target-modules", "q_proj"]),
         ("vblora", ["--options", "num_vectors=20,topk=2"]),
-        ("unilora", ["--equivalent-rank", "1"]),
+        ("unilora", ["--equivalent-rank", "0.5"]),
         ("miss", ["--rank", "2"]),
     ],
 )
@@ -161,6 +193,8 @@ def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
         (["--rank", "99"], "at most 12"),
         (["--shards", "5"], "do not divide"),
         (["--private-rank", "3"], "from 0 to 2"),
+        (["--equivalent-rank", "0.1"], "less than one whole vector"),
+        (["--equivalent-rank", "0.5", "--method", "lora"], "whole ranks"),
         (["--sweep", "fast"], "learning rates separated by commas"),
         (["--sweep", "0"], "above 0"),
         (["--sequence-length", "4096"], "at most"),

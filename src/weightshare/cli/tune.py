@@ -9,6 +9,7 @@ from weightshare.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from weightshare.cli.ranks import Ranks
     from weightshare.language import LanguageModel
     from weightshare.shards import TuneData
     from weightshare.training import LoopConfig
@@ -20,6 +21,7 @@ EXAMPLES = """
   weightshare tune ./my-llama --data questions.jsonl --equivalent-rank 2 --out runs/tune
   weightshare tune ./my-llama --data questions.jsonl --method lora --rank 8 --sweep 5e-4,1e-3,2e-3
   weightshare tune ./my-llama --method vblora --options num_vectors=90 --dry-run
+  torchrun --nproc-per-node 4 -m weightshare tune ./my-llama --data questions.jsonl
 """
 
 LONGEST = 512
@@ -38,7 +40,8 @@ class TuneConfig:
         heldout: data to measure on; by default the last tenth of a text, every tenth instruction.
         kind: of the data; auto looks at it.
         method: mos, lora, vera, vblora, unilora, or any other PEFT method.
-        equivalent_rank: the budget: as many trained parameters as LoRA of this rank.
+        equivalent_rank: the budget: as many trained parameters as LoRA of this rank; with mos and
+            unilora it may be a fraction, also below 1.
         rank: rank of the updates; mos takes four times the budget, lora the budget.
         shards: mos, pieces each vector is put together from; 1 shares whole vectors.
         private_rank: mos, ranks that only one layer uses; by default an eighth of the budget.
@@ -72,7 +75,7 @@ class TuneConfig:
     heldout: str | None = None
     kind: Literal["auto", "text", "instructions"] = "auto"
     method: str = "mos"
-    equivalent_rank: int = 2
+    equivalent_rank: float = 2
     rank: int | None = None
     shards: int = 4
     private_rank: int | None = None
@@ -104,13 +107,15 @@ def run(config: TuneConfig) -> None:
     """Fine-tune one model and leave a run directory with its adapter."""
     from weightshare.cli.console import say, show_table
     from weightshare.cli.models import open_model
+    from weightshare.cli.ranks import ranks
     from weightshare.language import continue_prompts
     from weightshare.report import Run
     from weightshare.shards import figures, tune
     from weightshare.shards.tuning import evaluate_loss
 
     rates = sweep_rates(config.sweep)
-    source = open_model(config.model, config.dtype, config.device)
+    group = ranks(config.device)
+    source = open_model(config.model, config.dtype, group.device)
     base = source.model
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,6 +123,9 @@ def run(config: TuneConfig) -> None:
     data = read(config, source)
     if config.dry_run:
         estimate(config, source, data)
+        return
+    if not group.first:
+        train_along(config, source, data, group)
         return
 
     with Run.open(config.out, config, command="tune", resume=config.resume) as run:
@@ -128,16 +136,20 @@ def run(config: TuneConfig) -> None:
         # 1. Try the learning rates.
         memo = run.memo("sweep")
         found = {
-            rate: memo(f"{rate:g}", lambda rate=rate: trial(config, source, data, rate))
+            rate: memo(
+                f"{rate:g}", lambda rate=rate: trial(config, source, data, group.told(rate), group)
+            )
             for rate in rates
         }
+        group.told(None)
         rate = min(found, key=found.__getitem__) if found else usual_rate(config)
         if found:
             say("held-out loss " + ", ".join(f"{r:g}: {loss:.4f}" for r, loss in found.items()))
 
         # 2. Train.
         model = adapted(config, source)
-        fit = tune(model, data, loop_config(config, source, rate), config.batch_size, run=run)
+        loop = loop_config(config, source, group.told(rate))
+        fit = tune(model, data, loop, config.batch_size, run=run, accelerator=group.accelerator)
 
         # 3. Save it and say what it is worth.
         folder = run.save("adapter", lambda path: model.save_pretrained(str(path)))
@@ -183,6 +195,25 @@ def run(config: TuneConfig) -> None:
         show_table("sizes", sizes)
         say(f"held-out loss {before:.4f} before, {after:.4f} after (learning rate {rate:g})")
         say(f"report:  {run.path / 'report.html'}\nadapter: {folder}")
+
+
+def train_along(
+    config: TuneConfig, source: "LanguageModel", data: "TuneData", group: "Ranks"
+) -> None:
+    """What the processes behind the first do: train with it at the rates it names."""
+    from weightshare.cli.ranks import Follower
+    from weightshare.shards import tune
+
+    while (rate := group.told()) is not None:
+        trial(config, source, data, rate, group)
+    tune(
+        adapted(config, source),
+        data,
+        loop_config(config, source, group.told()),
+        config.batch_size,
+        run=Follower(config.out),
+        accelerator=group.accelerator,
+    )
 
 
 def read(config: TuneConfig, source: "LanguageModel") -> "TuneData":
@@ -290,7 +321,9 @@ def loop_config(config: TuneConfig, source: "LanguageModel", rate: float) -> "Lo
     )
 
 
-def trial(config: TuneConfig, source: "LanguageModel", data: "TuneData", rate: float) -> float:
+def trial(
+    config: TuneConfig, source: "LanguageModel", data: "TuneData", rate: float, group: "Ranks"
+) -> float:
     """Held-out loss after training a fresh adapter at one learning rate."""
     from dataclasses import replace
 
@@ -301,7 +334,13 @@ def trial(config: TuneConfig, source: "LanguageModel", data: "TuneData", rate: f
     short = replace(config, steps=config.sweep_steps or config.steps)
     model: Any = adapted(config, source)
     try:
-        fit = tune(model, data, loop_config(short, source, rate), config.batch_size)
+        fit = tune(
+            model,
+            data,
+            loop_config(short, source, rate),
+            config.batch_size,
+            accelerator=group.accelerator,
+        )
     except UserError as error:
         # A rate at which the loss is no number any more is simply not the best one.
         if "became" not in str(error):
@@ -337,7 +376,7 @@ def size_rows(
     budget = config.equivalent_rank
     rows += [
         (f"LoRA of rank {rank}, all linear layers", rank * sizes, 4 * rank * sizes)
-        for rank in (budget, 4 * budget)
+        for rank in sorted({max(1, round(budget)), max(1, round(4 * budget))})
         if sizes
     ]
     return [

@@ -25,7 +25,7 @@ def adapter_config(
     method: str,
     model: nn.Module,
     *,
-    equivalent_rank: int = 2,
+    equivalent_rank: float = 2,
     rank: int | None = None,
     alpha: float = 16.0,
     dropout: float = 0.0,
@@ -39,7 +39,8 @@ def adapter_config(
     ``options``, which are passed on as they are. ``rank`` is that of the updates.
 
     Raises:
-        UserError: a method that PEFT does not have, or an option that the method does not have.
+        UserError: a method that PEFT does not have, an option that the method does not have, or a
+            fraction of a rank for a method of whole ranks.
     """
     known = {str(kind.value).lower(): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method not in known:
@@ -64,11 +65,17 @@ def adapter_config(
         width = next(n for n in range(min(VB_WIDTH, common), 0, -1) if common % n == 0)
         wanted |= {"vector_length": width, "r": rank or 4}
     elif method == "unilora":
-        wanted |= {"theta_d_length": equivalent_rank * sum(sizes), "r": rank or 4}
+        wanted |= {"theta_d_length": round(equivalent_rank * sum(sizes)), "r": rank or 4}
     elif method == "vera":
         wanted |= {"r": rank or 256}
     elif rank is not None or method == "lora":
-        wanted |= {"r": rank or equivalent_rank, "rank": rank or equivalent_rank}
+        whole = rank or int(equivalent_rank)
+        if rank is None and whole != equivalent_rank:
+            raise UserError(
+                f"equivalent_rank is {equivalent_rank:g}, but {method} has whole ranks; give a "
+                "whole number, or the method mos or unilora."
+            )
+        wanted |= {"r": whole, "rank": whole}
     names = {field.name for field in fields(config_class)}
     asked = dict(options or {})
     if unknown := sorted(set(asked) - names):
