@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weightshare.federated import flower
+from weightshare.federated import ReputationConfig, flower
 
 SIZE = 400
 GOOD = np.linspace(-1, 1, SIZE).astype(np.float32)
@@ -195,6 +195,18 @@ def test_huge_but_finite_entries_do_not_poison_the_rest(federation):
     assert np.isfinite(hostile.strategy.models).all()
     assert np.linalg.norm(hostile.strategy.last.aggregate) <= 0.5 + 1e-6
     assert not hostile.strategy.strikes
+
+
+def test_a_reply_that_is_implausibly_long_is_a_strike(federation):
+    def update(name, number):
+        own = np.random.default_rng([number, *name.encode()]).standard_normal(400)
+        return (1 + own) * (1e3 if name == "p3" and number == 2 else 0.1)
+
+    config = ReputationConfig(longest=1e3)
+    here = federation(4, config, update).run(3)
+    (row,) = here.strategy.log.rows("rejected")
+    assert (row["name"], row["round"], row["reason"]) == ("p3", 2, "implausibly long")
+    assert not federation(4, ReputationConfig(), update).run(3).strategy.log.rows("rejected")
 
 
 def test_three_invalid_replies_and_no_more_messages_come(federation):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from weightshare.errors import UserError
 from weightshare.federated import ReputationConfig, Standing, assess
-from weightshare.federated.reputation import admit, copies_among, missed, smooth, trajectory
+from weightshare.federated.copies import copies_among
+from weightshare.federated.reputation import smooth, trajectory
+from weightshare.federated.standing import admit, missed
 from weightshare.federated.vectors import BLOCK, products, squared_norm, weighted_sum
 
 
@@ -37,7 +39,7 @@ CONFIGS = [
     ReputationConfig(normalisation="exact", leave_one_out=True),
     ReputationConfig(start="uniform", smooth_shares=True),
     ReputationConfig.cgsv(),
-    ReputationConfig.robust(),
+    replace(ReputationConfig.robust(), first_weights="uniform"),
 ]
 
 
@@ -296,6 +298,9 @@ def test_copies_share_one_vote_and_one_credit():
     assert sum(together.weights[n] for n in together.copies[0]) == pytest.approx(1 / 6)
     np.testing.assert_allclose(alone.aggregate, together.aggregate, atol=1e-6)
     assert together.cosines["x0"] == pytest.approx(alone.cosines["p5"] / 5, abs=1e-5)
+    _, refused = run(crowd, replace(config, copies="none"))
+    assert {refused.cosines[n] for n in together.copies[0]} == {0.0}
+    assert refused.cosines["p1"] == together.cosines["p1"] != 0
     rows = list(updates.values())
     norms = [float(np.linalg.norm(row)) for row in rows]
     assert copies_among(list(updates), rows, norms, 0.98) == []

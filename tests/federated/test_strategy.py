@@ -17,6 +17,7 @@ from weightshare.federated.roster import Roster, fingerprint
 from weightshare.federated.strategy import ReputationStrategy
 
 SIZE = 400
+ROBUST = replace(ReputationConfig.robust(), first_weights="uniform")
 
 
 def opposing(name, number):
@@ -227,7 +228,7 @@ def test_losing_the_model_every_round_gains_nothing(federation):
     assert {"resync", "suspended"} <= {r["event"] for r in forgetful.strategy.log.rows()}
 
 
-@pytest.mark.parametrize("config", [ReputationConfig(patience=3), ReputationConfig.robust()])
+@pytest.mark.parametrize("config", [ReputationConfig(patience=3), ROBUST])
 def test_save_restore_continue_is_the_uninterrupted_run(federation, tmp_path, config):
     names = [f"p{i}" for i in range(5)] + ["x0", "x1"]
     whole = federation(names, config, opposing).run(14)

@@ -12,7 +12,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "config": ["FederateConfig", "LocalConfig", "ReputationConfig"],
-        "reputation": ["Assessment", "Standing", "assess"],
+        "standing": ["Standing"],
+        "reputation": ["Assessment", "assess"],
         "rewards": ["Rewards", "entries_for"],
         "attacks": ["ATTACKS", "Attack"],
         "partitions": ["Shards", "deal"],

@@ -21,72 +21,17 @@ Everything goes by a participant's name, in the order of names: positions and ti
 no influence, not even on rounding.
 """
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf, isfinite, sqrt, tanh
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt, tanh
 
 import numpy as np
 
 from weightshare.errors import UserError
 from weightshare.federated.config import ReputationConfig
+from weightshare.federated.copies import copies_among
+from weightshare.federated.standing import Standing, attested, shares
 from weightshare.federated.vectors import Vector, products, squared_norm, weighted_sum
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What the server remembers of its participants between rounds; JSON holds it exactly."""
-
-    round: int = 0
-    """Rounds done."""
-    reputation: Mapping[str, float] = field(default_factory=dict)
-    """Of the live participants; sums to 1 (or is all 0 before the first round)."""
-    assessed: Mapping[str, int] = field(default_factory=dict)
-    """Rounds in which a participant's update was assessed."""
-    misses: Mapping[str, int] = field(default_factory=dict)
-    """Rounds in a row without a valid answer."""
-    inactive: Mapping[str, float] = field(default_factory=dict)
-    """Participants that stopped answering, with the reputation they had."""
-    expelled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Removed participants: round, reputation and threshold."""
-
-    @classmethod
-    def begin(
-        cls,
-        names: Iterable[str],
-        config: ReputationConfig,
-        sizes: Mapping[str, float] | None = None,
-    ) -> "Standing":
-        """The standing before the first round.
-
-        Raises:
-            UserError: no participants, or attested sizes are asked for and not given.
-        """
-        names = sorted(names)
-        if not names:
-            raise UserError("A federation needs at least one participant; none is admitted.")
-        if config.start == "zero":
-            first = dict.fromkeys(names, 0.0)
-        elif config.start == "uniform":
-            first = dict.fromkeys(names, 1 / len(names))
-        else:
-            first = _shares(_attested(names, sizes))
-        return cls(reputation=first)
-
-    @property
-    def live(self) -> list[str]:
-        """Participants that take part."""
-        return sorted(self.reputation)
-
-    def state(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {name: _plain(value) for name, value in vars(self).items()}
-
-    @classmethod
-    def load(cls, state: Mapping[str, Any]) -> "Standing":
-        """The inverse of ``state``."""
-        return cls(**state)
 
 
 @dataclass(frozen=True)
@@ -101,7 +46,7 @@ class Assessment:
     weights: Mapping[str, float]
     """ω; sums to 1."""
     cosines: Mapping[str, float]
-    """φ in [-1, 1], after copies were made to share their credit."""
+    """φ in [-1, 1], after copies were made to share their credit, or lost it."""
     reputation: Mapping[str, float]
     """r of those who are still live."""
     quotas: Mapping[str, float]
@@ -175,8 +120,9 @@ def assess(
             _ratio(product, norm * length)
             for product, norm in zip(products(rows, reference), norms, strict=True)
         ]
+    credit = votes if config.copies == "share" else dict.fromkeys(votes, 0.0)
     credited = {
-        name: cosine * votes.get(name, 1.0) for name, cosine in zip(names, cosines, strict=True)
+        name: cosine * credit.get(name, 1.0) for name, cosine in zip(names, cosines, strict=True)
     }
     after, judged = smooth(standing, credited, config)
     if reference is not None:
@@ -200,7 +146,7 @@ def smooth(
     mixed = dict(cosines)
     if config.smooth_shares:
         positive = {name: max(value, 0.0) for name, value in cosines.items()}
-        mixed = _shares(positive) if sum(positive.values()) > 0 else dict.fromkeys(cosines, 0.0)
+        mixed = shares(positive) if sum(positive.values()) > 0 else dict.fromkeys(cosines, 0.0)
     keep = config.smoothing
     raw = {
         name: max(keep * old + (1 - keep) * mixed[name], config.clamp) if name in mixed else old
@@ -208,7 +154,7 @@ def smooth(
     }
     flag = ""
     if sum(raw.values()) > 0:
-        reputation = _shares(raw)
+        reputation = shares(raw)
     else:
         reputation, flag = dict(standing.reputation), "no update agrees with the aggregate"
     threshold = config.threshold / len(reputation)
@@ -233,13 +179,13 @@ def smooth(
     }
     left = {name: value for name, value in reputation.items() if name not in record}
     if record:
-        left = _shares(left)
+        left = shares(left)
 
     misses = {n: 0 if n in cosines else standing.misses.get(n, 0) + 1 for n in left}
     gone = {n: left[n] for n in left if misses[n] >= config.misses and len(left) > 1}
     if gone and len(gone) < len(left):
         left = {name: value for name, value in left.items() if name not in gone}
-        left = _shares(left) if sum(left.values()) > 0 else left
+        left = shares(left) if sum(left.values()) > 0 else left
     else:
         gone = {}
 
@@ -272,71 +218,11 @@ def smooth(
     )
 
 
-def missed(standing: Standing, config: ReputationConfig) -> Standing:
-    """A round in which nobody gave a valid answer: it counts as missed for all, no more."""
-    misses = {name: standing.misses.get(name, 0) + 1 for name in standing.reputation}
-    return replace(standing, round=standing.round + 1, misses=misses)
-
-
-def admit(standing: Standing, name: str, config: ReputationConfig) -> Standing:
-    """Let a newcomer, a returning or a wrongly removed participant in, at the threshold.
-
-    Never at the mean: whoever comes back under a new name must not gain by it.
-    """
-    if name in standing.reputation:
-        return standing
-    share = config.threshold / (len(standing.reputation) + 1)
-    share = min(share, standing.inactive.get(name, inf))
-    old = standing.reputation
-    scale = 1 - share if sum(old.values()) > 0 else 1.0
-    joined = {other: value * scale for other, value in old.items()} | {name: share}
-    return replace(
-        standing,
-        reputation=_shares(joined) if sum(joined.values()) > 0 else joined,
-        assessed={n: c for n, c in standing.assessed.items() if n != name},
-        misses={**standing.misses, name: 0},
-        inactive={n: r for n, r in standing.inactive.items() if n != name},
-        expelled={n: e for n, e in standing.expelled.items() if n != name},
-    )
-
-
 def trajectory(cosine: float, total: float, start: float, smoothing: float, rounds: int) -> float:
     """Reputation after ``rounds`` of constant cosines that sum to ``total`` (the closed form)."""
     memory = smoothing / (smoothing + (1 - smoothing) * total)
     limit = cosine / total
     return limit + memory**rounds * (start - limit)
-
-
-def copies_among(
-    names: Sequence[str], rows: Sequence[Vector], norms: Sequence[float], threshold: float
-) -> list[tuple[str, ...]]:
-    """Groups of participants whose updates have a cosine of at least ``threshold``, linked singly.
-
-    Compared through sketches of 4,096 numbers (standard error of a cosine of .98: 0.0006).
-    """
-    if not threshold or len(names) < 2:
-        return []
-    import torch
-
-    from weightshare.sharing.agreement import normalised
-    from weightshare.sharing.products import inner_products
-    from weightshare.sharing.sketch import CountSketch
-
-    alive = [i for i, norm in enumerate(norms) if norm > 0]
-    if len(alive) < 2:
-        return []
-    sketch = CountSketch()
-    with warnings.catch_warnings():
-        # Rows are read-only views of messages; torch warns of writing to them, which nobody does.
-        warnings.simplefilter("ignore", UserWarning)
-        kept = [sketch("update", torch.from_numpy(rows[i])) / norms[i] for i in alive]
-    products = inner_products({"update": kept}, len(kept))["update"]
-    near = normalised(products).numpy() >= threshold
-    groups: list[set[int]] = []
-    for i in range(len(alive)):
-        touched = [g for g in groups if any(near[i, j] for j in g)]
-        groups = [g for g in groups if g not in touched] + [{i}.union(*touched)]
-    return sorted(tuple(sorted(names[alive[i]] for i in g)) for g in groups if len(g) > 1)
 
 
 def _tamed(
@@ -376,7 +262,7 @@ def _weights(
         if config.first_weights == "uniform":
             raw = dict.fromkeys(names, 1.0)
         else:
-            raw = _attested(names, sizes)
+            raw = attested(names, sizes)
             if config.first_weights == "capped":
                 cap = 2 * sum(raw.values()) / len(raw)
                 raw = {name: min(value, cap) for name, value in raw.items()}
@@ -384,8 +270,8 @@ def _weights(
         raw = {name: standing.reputation.get(name, 0.0) for name in names}
         if not sum(raw.values()) > 0:
             raw = dict.fromkeys(names, 1.0)
-    shares = _shares({name: raw[name] * votes.get(name, 1.0) for name in names})
-    return [shares[name] for name in names]
+    voted = shares({name: raw[name] * votes.get(name, 1.0) for name in names})
+    return [voted[name] for name in names]
 
 
 def _aggregate(rows: Sequence[Vector], scales: Sequence[float], weights: Sequence[float]) -> Vector:
@@ -423,22 +309,3 @@ def _quotas(reputation: Mapping[str, float], config: ReputationConfig) -> dict[s
         worth = {name: tanh(config.altruism * value) for name, value in reputation.items()}
     best = max(worth.values(), default=0.0)
     return {name: value / best if best > 0 else 0.0 for name, value in worth.items()}
-
-
-def _shares(values: Mapping[str, float]) -> dict[str, float]:
-    total = sum(values.values())
-    return {name: value / total for name, value in values.items()}
-
-
-def _attested(names: Iterable[str], sizes: Mapping[str, float] | None) -> dict[str, float]:
-    names = list(names)
-    if sizes is None or any(name not in sizes for name in names):
-        raise UserError(
-            "The rules weigh participants by attested numbers of samples, which are not given for "
-            "all; give sizes, or use first_weights='uniform' and start='zero'."
-        )
-    return {name: float(sizes[name]) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

@@ -17,9 +17,10 @@ from weightshare.federated import flower, wire
 from weightshare.federated.audit_log import AuditLog
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.grid import InProcessGrid
-from weightshare.federated.reputation import Assessment, Standing, admit, assess, missed
+from weightshare.federated.reputation import Assessment, assess
 from weightshare.federated.rewards import Rewards
 from weightshare.federated.roster import Roster
+from weightshare.federated.standing import Standing, admit, missed
 from weightshare.federated.vectors import Vector
 
 SCHEMA = 1
@@ -423,7 +424,11 @@ class ReputationStrategy(Strategy):
             if update is None:
                 self._lost(ticket)
                 continue
-            updates[ticket.name], self._squares[ticket.name] = update
+            vector, square = update
+            if self.config.longest and square > (self.config.longest * self.config.norm) ** 2:
+                self._strike(ticket, "implausibly long")
+                continue
+            updates[ticket.name], self._squares[ticket.name] = vector, square
             self._watch(ticket, updates[ticket.name])
         return updates
 
