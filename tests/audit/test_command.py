@@ -1,14 +1,20 @@
 """``weightshare audit`` from the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small_models import make
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from weightshare.cli import main
 from weightshare.folding import FoldPlan, fold
+from weightshare.sharing import Gram, size
+
+PLAN = FoldPlan(4, groups=((1, 2, 3),))
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +35,7 @@ def base(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=9,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config), fast
+    return make("llama", blocks=4, tie_word_embeddings=False), fast
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def plain(base, tmp_path_factory):
 def folded(base, tmp_path_factory):
     model, tokenizer = base
     path = tmp_path_factory.mktemp("folded")
-    fold(model, FoldPlan(4, groups=((1, 2, 3),))).save_pretrained(path)
+    fold(model, PLAN).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -104,11 +99,77 @@ def test_per_tensor_lists_every_matrix(folded, text, tmp_path):
     assert summary["shared_weights"] == 7
 
 
+def test_a_budget_becomes_a_plan_that_fold_carries_out(folded, base, text, tmp_path, monkeypatch):
+    # All that would gain counts as beyond chance here: random models hardly disagree.
+    monkeypatch.setattr("weightshare.sharing.splitting.unit_gram", forgiving)
+    out = tmp_path / "run"
+    short = ("--batches", 6, "--batch-size", 2, "--budget", 3000)
+    assert audit(folded, "--data", text, *short, "--out", out) == 0
+    plan = FoldPlan.load(out / "plan.json")
+    assert plan.groups != ((0,), (1, 2, 3)) or plan.deltas
+    assert 0 < size(fold(base[0], plan)).unique - size(fold(base[0], PLAN)).unique <= 3000
+
+
+def forgiving(gram):
+    """Users as far apart as can be, without noise: every split of them is advised."""
+    measured = Gram(gram.labels)
+    for _ in range(6):
+        rows = torch.eye(len(gram.labels), dtype=torch.float64)
+        rows[1:] = -rows[:1]
+        measured.update({"w": dict(zip(gram.labels, rows, strict=True))})
+    return measured
+
+
+def test_a_killed_probe_resumes_without_repeating_trials(
+    folded, text, tmp_path, capsys, monkeypatch
+):
+    from weightshare.audit import honesty
+
+    trained, calls = honesty._trained, []
+
+    def counted(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return trained(*arguments)
+
+    monkeypatch.setattr(honesty, "_trained", counted)
+    out = tmp_path / "run"
+    command = (
+        folded, "--data", text, "--batches", 4, "--batch-size", 2, "--probe", 2,
+        "--probe-steps", 2, "--out", out,
+    )  # fmt: skip
+    assert audit(*command) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert audit(*command) == 2  # the folder holds a run
+    assert audit(*command, "--resume") == 0
+    assert len(calls) == 3 + (1 + 4 - 2)  # one shared layer and four trials, two were kept
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["finished"] and "probe" in summary
+
+
+def test_weights_that_are_not_finite_are_named(folded, text, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folded, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert audit(broken, "--data", text, "--batch-size", 2, "--out", tmp_path / "run") == 2
+    assert "the loss is nan, not a finite number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--batches", "1"], "--batches is 1"),
         (["--batch-size", "500"], "give more text"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--probe-steps", "0"], "--probe-steps is 0"),
+        (["--probe-learning-rate", "0"], "--probe-learning-rate is 0"),
+        (["--sketch", "3"], "--sketch is 3; give 0 or at least 8"),
+        (["--sequence-length", "1"], "--sequence-length is 1"),
+        (["--sequence-length", "999"], "made for 128 tokens"),
+        (["--groups", "one"], "groups"),
         (["--per", "block"], "per"),
         (["--data", "/nowhere"], "nowhere"),
     ],

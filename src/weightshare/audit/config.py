@@ -27,6 +27,7 @@ class AuditConfig:
         probe_learning_rate: of AdamW in each trial.
         sketch: numbers kept of each gradient; 0 keeps whole gradients.
         out: the run directory.
+        resume: go on with a run that was interrupted; trials of the probe are not repeated.
         overwrite: replace the run directory if it holds a run.
         seed: of everything random.
         device: cpu, cuda, cuda:1, or auto.
@@ -48,6 +49,7 @@ class AuditConfig:
     probe_learning_rate: float = 1e-3
     sketch: int = 4096
     out: str = "runs/audit"
+    resume: bool = False
     overwrite: bool = False
     seed: int = 0
     device: str = "auto"

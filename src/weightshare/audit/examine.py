@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
-from weightshare.audit.steps import Loss, alone
+from weightshare.audit.steps import Loss, Progress, alone, silent
 from weightshare.audit.suggest import Metric, Suggestion, suggest
 from weightshare.errors import UserError
 from weightshare.sharing import (
@@ -108,6 +108,7 @@ def audit(
     suggestions: bool = True,
     draws: int = 200,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Audit:
     """Audit the shared weights of any PyTorch model.
 
@@ -129,6 +130,8 @@ def audit(
             (from the fourth batch on); None uses all batches.
         suggestions: whether to work out what unsharing would gain: one more pass over the batches,
             and eight forward and backward passes for each of the layers' three unsharings.
+        draws: permutations of the null that says whether users disagree beyond chance.
+        progress: told what is being done.
 
     Under ``torch.distributed`` each rank brings its share of every batch to a model wrapped in
     DistributedDataParallel; gradients are averaged as DDP averages them, and all ranks return what
@@ -165,6 +168,7 @@ def audit(
                 for layer, gram in grams.items():
                     gram.update(by_user(layer, gradients))
                 used += 1
+                progress(f"measured batch {used} of {len(batches)}")
                 if patience and _settled(stable, grams, groups) and used >= 4:
                     break
         findings = [
@@ -172,11 +176,10 @@ def audit(
             for layer, gram in grams.items()
         ]
         findings = opposed_first(findings)
-        advice = (
-            suggest(inner, batches[:used], loss, findings, rank=rank, metric=metric, reduce=reduce)
-            if suggestions
-            else []
-        )
+        advice = []
+        if suggestions:
+            options: Any = {"rank": rank, "metric": metric, "reduce": reduce, "progress": progress}
+            advice = suggest(inner, batches[:used], loss, findings, **options)
     return Audit(findings, advice, size(inner), used)
 
 

@@ -102,16 +102,28 @@ def probe(
     audited: Audit,
     config: ProbeConfig | None = None,
     progress: Callable[[str], None] | None = None,
+    memo: Callable[[str, Callable[[], float]], float] | None = None,
 ) -> Probe:
     """Carry out suggestions and random unsharings on copies of ``model``.
 
     Each trial trains the shared weights of its layer and what was added, nothing else, so that the
     gain is that of the unsharing; the trial it is compared with trains the same layer unchanged.
+    ``memo(key, compute)`` may keep held-out losses of trials, so that a killed probe goes on.
 
     Raises:
         UserError: when the audit suggests nothing to carry out.
     """
     config = config or ProbeConfig()
+
+    def loss_after(tried: Suggestion | Unsharing) -> float:
+        unsharing = tried.unsharing if isinstance(tried, Suggestion) else tried
+        key = f"{unsharing.layer.name}: {unsharing.kind} {unsharing.rank} {unsharing.groups}"
+
+        def compute() -> float:
+            return _trained(model, tried, batches, heldout, loss, config)
+
+        return compute() if memo is None else memo(key, compute)
+
     ready = [s for s in audited.suggestions if s.unsharing.kind != "nothing"]
     if not ready:
         raise UserError(
@@ -135,9 +147,8 @@ def probe(
                 layer = suggestion.unsharing.layer
                 if layer not in bases:
                     kept = Unsharing("nothing", layer, (layer.users,))
-                    bases[layer] = _trained(model, kept, batches, heldout, loss, config)
-                after = _trained(model, suggestion, batches, heldout, loss, config)
-                trials.append(Trial(suggestion, origin, bases[layer] - after))
+                    bases[layer] = loss_after(kept)
+                trials.append(Trial(suggestion, origin, bases[layer] - loss_after(suggestion)))
                 if progress:
                     progress(f"probe {len(trials)} of {len(suggested) + len(others)}")
     return summarise(trials, config.seed)

@@ -17,6 +17,13 @@ Reduce = Callable[[Gradients[Any]], Gradients[Any]]
 """Turns one rank's gradients into those of the whole batch."""
 
 
+Progress = Callable[[str], object]
+
+
+def silent(_: str) -> None:
+    """Nobody is told."""
+
+
 def alone(gradients: Gradients[Any]) -> Gradients[Any]:
     """There is one process: its gradients are all there are."""
     return gradients

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from weightshare.audit.layers import Layer
 from weightshare.audit.steps import (
     Loss,
+    Progress,
     Reduce,
     alone,
     curvature,
     dense,
     mean_gradients,
+    silent,
     step,
     unit,
 )
@@ -87,7 +89,9 @@ class Suggestion:
         gain = self.predicted
         return {
             "shared weight": u.layer.name,
-            "do": SAYS[u.kind] + (f" (rank {u.rank})" if u.kind == "low_rank" else ""),
+            "do": SAYS[u.kind]
+            + (f" (rank {u.rank})" if u.kind == "low_rank" else "")
+            + (f": {self.reason}" if self.reason else ""),
             "groups": groups if u.kind != "nothing" else "-",
             "added": self.added,
             "predicted gain": float(f"{gain:.3g}"),
@@ -106,6 +110,7 @@ def suggest(
     kinds: Sequence[Kind] = KINDS,
     metric: Metric = "adam",
     reduce: Reduce = alone,
+    progress: Progress = silent,
 ) -> list[Suggestion]:
     """Every way to unshare every layer that was audited, and leaving it; best first.
 
@@ -123,7 +128,9 @@ def suggest(
         if not found.split.advised:
             left.append(nothing(found.layer, found.split.reason))
     beyond = {found.layer: found.split.advised for found in findings}
-    predicted = predict(model, batches, loss, wanted, beyond, metric, reduce=reduce)
+    predicted = predict(
+        model, batches, loss, wanted, beyond, metric, reduce=reduce, progress=progress
+    )
     return sorted([*predicted, *left], key=_rank)
 
 
@@ -162,6 +169,7 @@ def predict(
     bends: int = 4,
     together: int = 2**28,
     reduce: Reduce = alone,
+    progress: Progress = silent,
 ) -> list[Suggestion]:
     """Slope and curvature of each unsharing.
 
@@ -186,6 +194,7 @@ def predict(
         for number, unsharing in enumerate(unsharings):
             if unsharing.layer not in layers:
                 continue
+            progress(f"worked out unsharing {len(result) + 1} of {len(unsharings)}")
             offsets, bases = step(model, unsharing, directing, spread if metric == "adam" else {})
             slope = sum(
                 float((dense(measuring[name][use]) * offset).sum(dtype=torch.float64))

@@ -1,5 +1,6 @@
 """``weightshare audit``: who shares which weight, do they agree, what would it buy to unshare."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from weightshare.errors import UserError
@@ -26,28 +27,32 @@ def run(config: "AuditConfig") -> None:
     """Audit one language model and leave a run directory."""
     from weightshare.audit import ProbeConfig, audit, figures, probe, spend
     from weightshare.audit.language import language_loss
-    from weightshare.cli.console import say, show_table
+    from weightshare.cli.console import say, show_table, working
     from weightshare.cli.models import open_model
     from weightshare.report import Run
 
     check(config)
     source = open_model(config.model, config.dtype, config.device)
     audited, heldout = read_batches(config, source)
-    with Run.open(config.out, config, command="audit", overwrite=config.overwrite) as run:
+    with Run.open(
+        config.out, config, command="audit", resume=config.resume, overwrite=config.overwrite
+    ) as run:
         run.summary(device=str(source.model.device), model=config.model)
 
         # 1. Measure.
-        found = audit(
-            source.model,
-            audited,
-            language_loss,
-            per=config.per,
-            sketch=config.sketch or None,
-            groups=config.groups,
-            rank=config.rank,
-            metric=config.metric,
-            seed=config.seed,
-        )
+        with working("measuring") as tell:
+            found = audit(
+                source.model,
+                audited,
+                language_loss,
+                per=config.per,
+                sketch=config.sketch or None,
+                groups=config.groups,
+                rank=config.rank,
+                metric=config.metric,
+                seed=config.seed,
+                progress=tell,
+            )
         run.summary(**summary_of(found))
         if not found.findings:
             say_unshared(run, found)
@@ -103,6 +108,7 @@ def run(config: "AuditConfig") -> None:
                     seed=config.seed,
                 ),
                 progress=say,
+                memo=run.memo("probe"),
             )
             report_probe(run, tried)
         say(f"report: {run.path / 'report.html'}")
@@ -110,12 +116,28 @@ def run(config: "AuditConfig") -> None:
 
 def check(config: "AuditConfig") -> None:
     """Refuse numbers that make no sense."""
-    least = {"batches": 2, "batch_size": 1, "groups": 2, "rank": 1, "probe": 0, "budget": 0}
+    least = {
+        "batches": 2,
+        "batch_size": 1,
+        "groups": 2,
+        "rank": 1,
+        "probe": 0,
+        "probe_steps": 1,
+        "budget": 0,
+    }
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least {value}."
             )
+    for name, value in {"sketch": 8, "sequence_length": 2}.items():
+        if getattr(config, name) != 0 and getattr(config, name) < value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}; "
+                f"give 0 or at least {value}."
+            )
+    if not config.probe_learning_rate > 0:
+        raise UserError(f"--probe-learning-rate is {config.probe_learning_rate}; give one above 0.")
 
 
 def read_batches(config: "AuditConfig", source: "LanguageModel") -> tuple[list[Any], list[Any]]:
@@ -127,6 +149,10 @@ def read_batches(config: "AuditConfig", source: "LanguageModel") -> tuple[list[A
     cut = max(1, len(documents) * 4 // 5)
     longest = getattr(source.model.config, "max_position_embeddings", LONGEST)
     length = config.sequence_length or min(LONGEST, longest)
+    if length > longest:
+        raise UserError(
+            f"--sequence-length is {length}, but the model was made for {longest} tokens at most."
+        )
     device = source.model.device
     audited = text_batches(
         windows(source.tokenizer, documents[:cut], length),
@@ -217,7 +243,10 @@ def report_probe(run: Any, tried: "Probe") -> None:
             "gain_per_parameter": {k: tried.mean_gain(k, True) for k in ("suggested", "random")},
         }
     )
-    say(
-        f"rank correlation of predicted and realised gain: {tried.correlation:+.2f} "
-        f"(95 % {tried.low:+.2f} to {tried.high:+.2f})"
-    )
+    says = "rank correlation of predicted and realised gain: "
+    if math.isnan(tried.correlation):
+        say(says + "undefined; it takes at least three trials with different gains")
+    elif math.isnan(tried.low):
+        say(says + f"{tried.correlation:+.2f} (too few trials for an interval)")
+    else:
+        say(says + f"{tried.correlation:+.2f} (95 % {tried.low:+.2f} to {tried.high:+.2f})")

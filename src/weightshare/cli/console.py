@@ -1,7 +1,8 @@
 """What commands print: lines, tables, and the device they run on."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from weightshare.errors import UserError
@@ -22,6 +23,18 @@ def say(line: str) -> None:
     if not is_first():
         return
     Console(soft_wrap=True).print(line, markup=False, highlight=False)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A line that moves while something long is done; yields what changes its text.
+
+    Only on a terminal: nothing is left behind.
+    """
+    from rich.console import Console
+
+    with Console(quiet=not is_first()).status(what) as status:
+        yield status.update
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

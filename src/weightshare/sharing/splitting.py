@@ -58,7 +58,8 @@ def split(
     measured = unit_gram(gram)
     if len(measured.labels) < max(2, groups):
         return _no(
-            f"{len(measured.labels)} of {len(gram.labels)} users have a gradient above its noise"
+            f"{len(measured.labels)} of {len(gram.labels)} users have a gradient above its noise, "
+            f"too few for {groups} groups"
         )
     try:
         best = partition(
