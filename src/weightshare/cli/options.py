@@ -28,6 +28,10 @@ class _Help(DefaultHelpFormatter):
         places = [action.dest.upper() for action in actions if not action.option_strings]
         super().add_usage(" ".join([self._prog, *places, "[options]"]), (), (), prefix)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # Examples are lines to copy; anything else may be wrapped.
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
     def _format_action_invocation(self, action: Any) -> str:
         if not action.option_strings:
             return action.dest.upper()

@@ -1,5 +1,6 @@
 """``weightshare tune``: fine-tune a causal language model with a small adapter."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -296,7 +297,10 @@ def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
     made.base_model_name_or_path = str(source.path)
     torch.manual_seed(config.seed)
     try:
-        return get_peft_model(source.model, made)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that is going out of use.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(source.model, made)
     except (TypeError, ValueError) as error:
         raise UserError(f"{config.method} does not fit {config.model}: {error}.") from error
 

@@ -69,7 +69,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, row: Instruction) -> tuple[list
     """Ids of prompt and response, encoded apart: encoded together, a token could straddle both."""
 
     def ids(text: str, special: bool = False) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        # Longer texts than the model takes are cut by the caller; no need for a warning.
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     if not tokenizer.chat_template:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
