@@ -1,6 +1,7 @@
 """``weightshare points`` as a person uses it: whole small runs, resumes, everything wrong."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -61,6 +62,94 @@ def test_a_second_run_is_refused_and_resuming_changes_nothing(nbody_run, capsys)
     assert main([*arguments, "--resume"]) == 0
     assert (out / "checkpoint.safetensors").read_bytes() == before
     assert json.loads((out / "summary.json").read_text())["test"] == test
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(nbody_run, tmp_path, monkeypatch):
+    from weightshare.equivariant import dynamics
+
+    whole, arguments = nbody_run
+    arguments = [*arguments[:-1], str(tmp_path / "run")]
+    measured, calls = dynamics.sample_errors, []
+
+    def interrupting(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return measured(*given)
+
+    monkeypatch.delenv("WEIGHTSHARE_DATA", raising=False)
+    monkeypatch.setattr(dynamics, "sample_errors", interrupting)
+    assert main(arguments) == 130
+    monkeypatch.undo()
+    monkeypatch.delenv("WEIGHTSHARE_DATA", raising=False)
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert main([*arguments, "--resume"]) == 0
+    kept = [(out / "checkpoint.safetensors").read_bytes() for out in (tmp_path / "run", whole)]
+    assert kept[0] == kept[1]
+
+
+def test_momentum_and_charges_are_symmetries_that_can_be_asked_for(nbody_run, tmp_path):
+    plain, arguments = nbody_run
+    arguments = [*arguments[:-1], str(tmp_path / "run"), "--momentum", "--signs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WEIGHTSHARE_DATA", raising=False)
+        assert main(arguments) == 0
+    errors = [
+        json.loads((out / "summary.json").read_text())["test"]["mse"]
+        for out in (tmp_path / "run", plain)
+    ]
+    # The centre of mass is right from the first step on.
+    assert errors[0] < errors[1]
+
+
+def test_molecules_of_several_sizes(tmp_path):
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import write
+
+    draw, frames = np.random.default_rng(0), []
+    for n in (1, 2, 2, 3, 2, 1):
+        atoms = Atoms("C" + "H" * n, draw.normal(size=(n + 1, 3)) * 2)
+        forces = draw.normal(size=(n + 1, 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=-5.0 * n, forces=forces)
+        frames.append(atoms)
+    write(tmp_path / "mixed.extxyz", frames)
+    common = ["points", str(tmp_path / "mixed.extxyz"), "--epochs", "1", "--batch-size", "2"]
+    assert main([*common, *TINY, "--out", str(tmp_path / "run")]) == 0
+    facts = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert np.isfinite(facts["test"]["force_mae_mev_a"]) and not facts["captured"]
+
+
+@pytest.fixture
+def small_qm9(monkeypatch):
+    """Sixty random molecules whose energy is a sum over pairs."""
+    from weightshare.equivariant import qm9
+
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 5, 60)
+    start = np.concatenate([[0], sizes.cumsum()])
+    numbers = draw.choice([1, 6, 7, 8, 9], start[-1])
+    positions = draw.normal(size=(start[-1], 3)) * 1.5
+    targets = np.repeat(sizes[:, None] + 0.1 * draw.normal(size=(60, 1)), 12, 1)
+    data = qm9.QM9(np.arange(60), start, numbers, positions, targets)
+    parts = {"train": np.arange(40), "valid": np.arange(40, 50), "test": np.arange(50, 60)}
+    monkeypatch.setattr(qm9.QM9, "split", lambda self: parts)
+    monkeypatch.setattr("weightshare.equivariant.qm9.load_qm9", lambda: data)
+    monkeypatch.setattr("weightshare.equivariant.load_qm9", lambda: data, raising=False)
+
+
+def test_a_property_of_small_molecules(small_qm9, tmp_path, capsys):
+    common = ["points", "qm9", "--target", "gap", "--epochs", "2", "--batch-size", "8", *TINY]
+    assert main([*common, "--out", str(tmp_path / "run")]) == 0
+    facts = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert facts["data"] == {"train": 40, "valid": 10, "test": 10}
+    assert facts["test"]["unit"] == "eV" and facts["test"]["mae"] > 0
+    assert facts["rotation_spread"] > 0 and facts["baselines"]["composition"] > 0
+    capsys.readouterr()
+    assert main([*common, "--train-size", "41", "--out", str(tmp_path / "no")]) == 2
+    assert "--train-size is 41" in capsys.readouterr().err
+    assert main(["points", "qm9", "--target", "mass"]) == 2
+    assert "--target is 'mass'" in capsys.readouterr().err
 
 
 def test_a_potential_is_trained_saved_and_used_by_ase(molecules, tmp_path):

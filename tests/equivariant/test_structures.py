@@ -130,3 +130,62 @@ def test_real_files(name):
     assert torch.isfinite(batch["positions"]).all() and batch["edges"].shape[1] > 0
     if periodic:
         assert np.allclose(frames[0].stress, frames[0].stress.T)
+
+
+def test_padded_molecules_say_what_single_ones_say():
+    from weightshare.equivariant import PonitaPotential, PotentialTask, pad_molecules
+    from weightshare.equivariant.structures import Structure, stack_molecules
+
+    draw = np.random.default_rng(0)
+    frames = [
+        Structure(np.array([6, 1, 8, 1][:n]), 1.3 * draw.normal(size=(n, 3)), float(n),
+                  draw.normal(size=(n, 3)))
+        for n in (4, 2, 3)
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    potential = PonitaPotential(
+        [1, 6, 8], hidden=8, layers=2, basis=8, orientations=6, references=[-1.0, -2.0, -3.0]
+    )
+    task = PotentialTask(potential, per_atom=True).double()
+    batch = pad_molecules(frames, 5)
+    batch["positions"] = batch["positions"].double()
+    together, losses = task.predict(batch), task(batch)
+    sums = dict.fromkeys(losses, 0.0)
+    for row, frame in enumerate(frames):
+        one = stack_molecules([frame])
+        one["positions"] = one["positions"].double()
+        alone, n = task.predict(one), len(frame)
+        assert torch.allclose(together.energy[row], alone.energy[0], atol=1e-12)
+        assert torch.allclose(together.forces[row, :n], alone.forces[0], atol=1e-12)
+        assert not together.forces[row, n:].any()
+        sums = {name: sums[name] + float(term.sum) for name, term in task(one).items()}
+    for name, term in losses.items():
+        assert np.isclose(float(term.sum), sums[name], rtol=1e-5)
+    assert losses["force"].count == 27
+
+
+def test_a_batch_of_qm9_is_padded_and_a_property_ignores_padding():
+    from weightshare.equivariant import Ponita, PropertyTask
+    from weightshare.equivariant.qm9 import QM9
+
+    draw = np.random.default_rng(1)
+    start = np.array([0, 3, 5])
+    numbers, positions = np.array([6, 1, 1, 8, 1]), draw.normal(size=(5, 3))
+    data = QM9(np.arange(2), start, numbers, positions, draw.normal(size=(2, 12)))
+    torch.manual_seed(0)
+    network = Ponita(3, scalars_out=1, hidden=8, layers=1, basis=8, orientations=6)
+    task = PropertyTask(network, [1, 6, 8], mean=2.0, deviation=3.0)
+    wide, narrow = data.columns(np.array([0, 1]), "gap", 6), data.columns(np.array([1]), "gap", 2)
+    assert wide["mask"].sum(1).tolist() == [3, 2] and wide["numbers"][1].tolist() == [
+        8,
+        1,
+        *[0] * 4,
+    ]
+    assert wide["value"][1] == data.targets[1, 4]
+    assert torch.allclose(task.predict(wide)[1:], task.predict(narrow), atol=1e-5)
+    loss = task(wide)
+    error = (task.predict(wide) - wide["value"]).abs().sum()
+    assert torch.isclose(loss["mae"].sum.double(), error, atol=1e-5)
+    assert torch.isclose(loss["standardised"].sum.double(), error / 3, atol=1e-5)
+    with pytest.raises(UserError, match="no target 'mass'"):
+        data.columns(np.array([0]), "mass", 3)

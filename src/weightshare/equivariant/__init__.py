@@ -41,10 +41,17 @@ __getattr__, __dir__, __all__ = attach(
         "symmetrised": ["Symmetrised", "symmetrise"],
         "potential": ["PonitaPotential", "Prediction", "hessian"],
         "calculator": ["PonitaCalculator"],
-        "structures": ["Structure", "collate", "read_structures", "stack_molecules"],
+        "structures": [
+            "Structure",
+            "collate",
+            "pad_molecules",
+            "read_structures",
+            "stack_molecules",
+        ],
         "nbody": ["NBody", "make_nbody"],
         "dynamics": ["DynamicsTask"],
         "potential_task": ["PotentialTask"],
+        "property_task": ["PropertyTask"],
         "augment": ["RotatedUpdate"],
     },
 )

@@ -13,6 +13,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "orientations": 6, "hidden": 32, "basis": 32, "layers": 3, "epochs": 40,
             "batch_size": 10, "learning_rate": 3e-3, "ema": 0.99,
         },
+        "qm9": {
+            "orientations": 6, "hidden": 32, "basis": 32, "layers": 3, "epochs": 10,
+            "batch_size": 96, "learning_rate": 3e-3, "ema": 0.99,
+        },
     },
     "published": {
         "nbody": {
@@ -23,19 +27,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "orientations": 20, "hidden": 128, "basis": 256, "layers": 5, "epochs": 5000,
             "batch_size": 5, "learning_rate": 5e-4, "ema": 0.99,
         },
+        "qm9": {
+            "orientations": 16, "hidden": 256, "basis": 256, "layers": 9, "epochs": 1000,
+            "batch_size": 96, "learning_rate": 5e-4, "ema": 0.99,
+        },
     },
 }  # fmt: skip
-"""Sizes of ``--preset``; published: the reference's settings for N-body and rMD17."""
+"""Sizes of ``--preset``; published: the reference's settings for N-body, rMD17 and QM9."""
 
 WARMUP_EPOCHS = {"small": 3, "published": 10}
 
 
 @dataclass
 class PointsConfig:
-    """Train an equivariant network on points: the N-body task, or a potential on atoms.
+    """Train an equivariant network on points: the N-body task, a potential, or QM9.
 
     Args:
-        data: nbody, or a file of structures with energies and forces (.npz of rMD17, MD17 or
+        data: nbody, qm9, or a file of structures with energies and forces (.npz of rMD17, MD17 or
             sGDML; extended XYZ).
         test: a second file to test on; by default structures of data that are not trained on.
         preset: small trains in CPU minutes, published has the paper's sizes. Options given beside
@@ -52,8 +60,12 @@ class PointsConfig:
         weight_decay: of matrices.
         clip: largest norm of the gradient.
         augment: rotate every training example at random.
-        train_size: examples to train on; 0 for 3000 trajectories, or all structures but those held
-            out.
+        momentum: nbody: conserve momentum exactly (the published network learns it).
+        signs: nbody: flip all charges of half of the training examples; only products act.
+        target: qm9: the property to learn: mu, alpha, homo, lumo, gap, r2, zpve, u0, u, h, g or
+            cv.
+        train_size: examples to train on; 0 for 3000 trajectories, 110000 molecules of QM9, or all
+            structures but those held out.
         valid_size: examples to watch during training.
         test_size: examples to test on, where no test file is given.
         energy_weight: of the energy error beside the force error (1/500 is published for rMD17).
@@ -85,6 +97,9 @@ class PointsConfig:
     weight_decay: float = 1e-10
     clip: float = 0.5
     augment: bool = True
+    momentum: bool = False
+    signs: bool = False
+    target: str = "u0"
     train_size: int = 0
     valid_size: int = 0
     test_size: int = 0
@@ -103,5 +118,5 @@ class PointsConfig:
     def size(self, name: str) -> Any:
         """An option, or its preset."""
         given = getattr(self, name)
-        kind = "nbody" if self.data == "nbody" else "atoms"
+        kind = self.data if self.data in ("nbody", "qm9") else "atoms"
         return PRESETS[self.preset][kind][name] if given is None else given

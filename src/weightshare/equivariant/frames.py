@@ -5,7 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from weightshare.equivariant.structures import Structure, collate, stack_molecules
+from weightshare.equivariant.ponita import DENSE_POINTS
+from weightshare.equivariant.structures import (
+    Structure,
+    collate,
+    pad_molecules,
+    stack_molecules,
+)
 from weightshare.errors import UserError
 from weightshare.training import EpochBatches, held_out
 
@@ -56,13 +62,26 @@ def split_frames(
 
 
 class Frames:
-    """Structures as batches: molecules of one size stacked, others one after another."""
+    """Structures as batches of tensors: molecules without a cutoff stand side by side, padded to
+    the largest where sizes differ; periodic, very large or cut-off ones one after another.
 
-    def __init__(self, frames: list[Structure], cutoff: float | None) -> None:
+    Args:
+        cutoff: of the neighbour list, or None.
+        atoms: places for each molecule, at least as many as the largest has.
+    """
+
+    def __init__(
+        self, frames: list[Structure], cutoff: float | None, atoms: int | None = None
+    ) -> None:
         self.frames, self.cutoff = frames, cutoff
-        sizes = {len(frame) for frame in frames}
-        self.dense = len(sizes) == 1 and cutoff is None
-        self.stacked = stack_molecules(frames) if self.dense else {}
+        sizes = {len(frame) for frame in frames} | ({atoms} if atoms else set())
+        periodic = any(frame.cell is not None for frame in frames)
+        self.dense = (
+            cutoff is None and not periodic and (len(sizes) == 1 or max(sizes) <= DENSE_POINTS)
+        )
+        stack = stack_molecules if len(sizes) == 1 else pad_molecules
+        options = {} if len(sizes) == 1 else {"atoms": max(sizes)}
+        self.stacked = stack(frames, **options) if self.dense else {}
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -11,6 +11,7 @@ from weightshare.equivariant.dynamics import VECTORS, DynamicsTask
 from weightshare.equivariant.grids import fibonacci, random_rotations
 from weightshare.equivariant.ponita import Ponita
 from weightshare.equivariant.potential_task import PotentialTask
+from weightshare.equivariant.property_task import PropertyTask
 
 ROTATIONS = 8
 """Random rotations an error is measured over."""
@@ -64,3 +65,14 @@ def error_by_orientations(
         n: dynamics_equivariance(DynamicsTask(network.regridded(fibonacci(n))), batch)
         for n in counts
     }
+
+
+@torch.no_grad()
+def property_spread(task: PropertyTask, batch: dict[str, Tensor], seed: int = 0) -> float:
+    """Standard deviation of a predicted property over random rotations, root mean square over the
+    batch, in the property's unit."""
+    said = [
+        task.predict(turned(batch, turn.expand(len(batch["value"]), 3, 3), ["positions"]))
+        for turn in _turns(seed, batch["positions"])
+    ]
+    return float(torch.stack(said).var(0).mean().sqrt())

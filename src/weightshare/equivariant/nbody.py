@@ -20,6 +20,8 @@ BOX, FASTEST_FORCE, SPEED = 5.0, 100.0, 0.5
 """Walls that reflect initial positions; bound on every force component; initial speed."""
 EVERY = 100
 """Steps between recorded frames: frame k is step 100 (k + 1)."""
+HORIZON = 1.0
+"""Time from frame 30, which is given, to frame 40, which is to be predicted."""
 FRAMES = 49
 SEED = 43
 """Of the published stream."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from weightshare.errors import UserError
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -124,17 +122,3 @@ def equal_sizes(batch: Tensor, graphs: int) -> int | None:
     size = len(batch) // graphs
     expected = torch.arange(graphs, device=batch.device).repeat_interleave(size)
     return size if torch.equal(batch, expected) else None
-
-
-def check_edges(edges: Tensor, nodes: int) -> None:
-    """Refuse what is no edge list of so many points."""
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
-        raise UserError(
-            f"edges have shape {tuple(edges.shape)} and type {edges.dtype}; give (2, E) int64 with "
-            "senders in row 0 and receivers in row 1."
-        )
-    if edges.numel() and not edges.is_cuda and (edges.min() < 0 or edges.max() >= nodes):
-        raise UserError(
-            f"edges name points {int(edges.min())} to {int(edges.max())} of {nodes} points; "
-            f"use 0 to {nodes - 1}."
-        )

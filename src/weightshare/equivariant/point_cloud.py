@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant.basis import KernelBasis
+from weightshare.equivariant.checks import check_channels, check_edges, check_finite
 from weightshare.equivariant.convolution import ConvNextBlock, Kernels, SeparableConv
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.invariants import Mode, pair_invariants
-from weightshare.equivariant.pairs import Pairs, check_edges
+from weightshare.equivariant.pairs import Pairs
 from weightshare.errors import UserError
 
 
@@ -125,11 +126,13 @@ class PonitaPoints(nn.Module):
         graphs: int | None = None,
     ) -> Readout:
         """Read-outs of atoms or graphs; shapes as for ``Ponita`` with an edge list."""
+        if positions.ndim != 2:
+            raise UserError(
+                f"positions have shape {tuple(positions.shape)}; give (points, dimensions)."
+            )
+        check_channels(positions, (scalars, vectors), self.inputs)
+        check_finite(positions)
         points, dim = positions.shape
-        given = (scalars, vectors)
-        for name, one, channels in zip(("scalars", "vectors"), given, self.inputs, strict=True):
-            if (one is None) != (channels == 0) or (one is not None and one.shape[1] != channels):
-                raise UserError(f"{name}: the network takes {channels} channels at every point.")
         cloud = lift_bonds(positions, edges)
         parts = [] if scalars is None else [scalars[cloud.atom]]
         if vectors is not None:

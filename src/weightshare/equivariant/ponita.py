@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant import fields, grids
+from weightshare.equivariant.checks import check_graphs, check_options, checked_grid
 from weightshare.equivariant.convolution import (
     BasisFunctions,
     ConvNextBlock,
@@ -20,11 +21,10 @@ from weightshare.equivariant.convolution import (
     calibrating,
 )
 from weightshare.equivariant.fields import Readout
-from weightshare.equivariant.invariants import MODES, Mode
+from weightshare.equivariant.invariants import Mode
 from weightshare.equivariant.neighbours import radius_edges
 from weightshare.equivariant.pairs import (
     Pairs,
-    check_edges,
     dense_pairs,
     edge_pairs,
     equal_sizes,
@@ -115,10 +115,10 @@ class Ponita(nn.Module):
         if grid is None and orientations > 0:
             grid = grids.make_grid(orientations, dim)
         if grid is not None:
-            grid = _checked_grid(grid, dim)
+            grid = checked_grid(grid, dim)
         self.inputs = (scalars, vectors, tensors)
         self.outputs = (scalars_out, vectors_out, tensors_out)
-        _check_options(
+        check_options(
             self.inputs,
             self.outputs,
             grid,
@@ -197,8 +197,11 @@ class Ponita(nn.Module):
         Raises:
             UserError: shapes do not fit, coordinates are not finite, edges are missing.
         """
-        self._check(positions, (scalars, vectors, tensors), edges, offsets, batch, mask)
         inputs = [scalars, vectors, tensors]
+        check_graphs(
+            positions, inputs, self.inputs, self.dim, edges, offsets, batch, mask,
+            has_cutoff=self.cutoff is not None, dtype=self.embed.weight.dtype,
+        )  # fmt: skip
         if positions.ndim == 3:
             if mask is not None:
                 positions = _silenced(positions, mask)
@@ -291,107 +294,9 @@ class Ponita(nn.Module):
         if self.grid is None or grid.ndim != self.grid.ndim:
             raise UserError("Only a network with orientations can change to other orientations.")
         other = copy.deepcopy(self)
-        other.grid = _checked_grid(grid, self.dim).to(self.grid.device)
+        other.grid = checked_grid(grid, self.dim).to(self.grid.device)
         other.weights = self.weights.new_full((len(grid),), 1 / len(grid))
         return other
-
-    def _check(
-        self,
-        positions: Tensor,
-        inputs: tuple[Tensor | None, ...],
-        edges: Tensor | str | None,
-        offsets: Tensor | None,
-        batch: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        d = self.dim
-        if positions.ndim not in (2, 3) or positions.shape[-1] != d:
-            raise UserError(
-                f"positions have shape {tuple(positions.shape)}; give (points, {d}), or "
-                f"(graphs, points, {d}) for fully connected graphs of one size."
-            )
-        lead = positions.shape[:-1]
-        rows = zip(("scalars", "vectors", "tensors"), inputs, self.inputs, range(3), strict=True)
-        for name, given, channels, rank in rows:
-            wanted = (*lead, channels, *(d,) * rank)
-            if (given is None) != (channels == 0) or (
-                given is not None and tuple(given.shape) != wanted
-            ):
-                shape = "nothing" if given is None else tuple(given.shape)
-                need = wanted if channels else "nothing"
-                raise UserError(f"{name}: the network takes {need} here and was given {shape}.")
-        if not positions.is_cuda and not bool(torch.isfinite(positions).all()):
-            good = torch.isfinite(positions).all(-1)
-            if mask is None or bool((~good & mask).any()):
-                raise UserError(
-                    "positions hold a coordinate that is not finite; remove or repair that point."
-                )
-        if positions.ndim == 3:
-            if edges is not None or batch is not None:
-                raise UserError(
-                    "Graphs given as (graphs, points, d) are fully connected; leave out edges and "
-                    "batch, or give points as (points, d)."
-                )
-            return
-        if batch is not None and tuple(batch.shape) != tuple(lead):
-            raise UserError(f"batch has shape {tuple(batch.shape)}; give {tuple(lead)}.")
-        if isinstance(edges, Tensor):
-            check_edges(edges, lead[0])
-            if offsets is not None and tuple(offsets.shape) != (edges.shape[1], d):
-                raise UserError(
-                    f"offsets have shape {tuple(offsets.shape)}; give {(edges.shape[1], d)}."
-                )
-        elif edges is None and self.cutoff is None:
-            raise UserError(
-                "No edges: give edges (2, E), edges='full', or build the network with a cutoff."
-            )
-        elif edges is not None and edges != "full":
-            raise UserError(f"edges is {edges!r}; give a tensor (2, E) or 'full'.")
-
-
-def _checked_grid(grid: Tensor, dim: int) -> Tensor:
-    grid = grid.double()
-    if tuple(grid.shape[1:]) not in ((dim,), (3, 3)) or len(grid) == 0:
-        raise UserError(
-            f"The grid has shape {tuple(grid.shape)}; give (N, {dim}) unit vectors or (N, 3, 3) "
-            "rotations."
-        )
-    if grid.ndim == 2:
-        wrong = (grid.norm(dim=-1) - 1).abs().max()
-    else:
-        wrong = (grid @ grid.mT - torch.eye(3, dtype=grid.dtype)).abs().max()
-    if not wrong < 1e-4:
-        raise UserError("The grid's orientations must have length 1 (rotations: be orthogonal).")
-    return grid
-
-
-def _check_options(
-    inputs: tuple[int, int, int],
-    outputs: tuple[int, int, int],
-    grid: Tensor | None,
-    invariants: str,
-    convolution: str,
-    chiral: bool,
-    sizes: tuple[int, int, int],
-) -> None:
-    if not any(inputs) or not any(outputs):
-        raise UserError("Give at least one input and one output channel (scalars, vectors...).")
-    if min(*inputs, *outputs) < 0 or min(sizes) < 1:
-        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
-    if grid is None and any([*inputs[1:], *outputs[1:]]):
-        raise UserError("Vectors and tensors need orientations; give orientations >= 1.")
-    if invariants not in MODES:
-        raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
-    if convolution not in ("separable", "full"):
-        raise UserError(f"convolution is {convolution!r}; give separable or full.")
-    if convolution == "full" and grid is None:
-        raise UserError("A full convolution needs orientations; give orientations >= 1.")
-    sphere = grid is not None and grid.ndim == 2 and grid.shape[-1] == 3
-    if chiral and not (sphere and invariants == "complete" and convolution == "full"):
-        raise UserError(
-            "chiral needs a full convolution on the sphere with complete invariants; a separable "
-            "one cannot see handedness."
-        )
 
 
 def _silenced(x: Tensor, mask: Tensor) -> Tensor:

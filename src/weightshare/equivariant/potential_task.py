@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from weightshare.equivariant.potential import PonitaPotential, Prediction
+from weightshare.errors import UserError
 from weightshare.training import Losses, Task, Term
 
 VECTORS = ("positions", "forces")
@@ -42,9 +43,19 @@ class PotentialTask(Task):
         self.stress_weight, self.per_atom = stress_weight, per_atom
 
     def predict(self, batch: dict[str, Tensor], create_graph: bool = False) -> Prediction:
-        """The potential on a batch of ``stack_molecules`` or ``collate``."""
-        options: dict[str, Any] = {"create_graph": create_graph}
+        """The potential on a batch of ``stack_molecules``, ``pad_molecules`` or ``collate``.
+
+        Raises:
+            UserError: a batch with edges is to be captured; their number differs from batch to
+                batch, and a recorded step would go on with those of the first.
+        """
+        options: dict[str, Any] = {"create_graph": create_graph, "mask": batch.get("mask")}
         if "edges" in batch:
+            if batch["edges"].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise UserError(
+                    "Structures with a neighbour list cannot be trained as a CUDA graph, because "
+                    "the number of edges changes; train without Captured."
+                )
             options |= {name: batch[name] for name in ("edges", "shifts", "cell", "batch")}
             options |= {"graphs": len(batch["energy"]), "mutual": True}
             options["stress"] = self.stress_weight > 0
@@ -57,6 +68,8 @@ class PotentialTask(Task):
         scale = self.potential.scale
         if "batch" in batch:
             atoms = torch.bincount(batch["batch"], minlength=len(batch["energy"]))
+        elif "mask" in batch:
+            atoms = batch["mask"].sum(-1)
         else:
             atoms = torch.full_like(batch["energy"], batch["numbers"].shape[-1])
         off = said.energy - batch["energy"]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from weightshare.errors import UserError
 
@@ -29,6 +31,10 @@ TARGETS = {
 }
 """The usual order: name -> (column, factor). Units: D, a0^3, eV, eV, eV, a0^2, eV five times,
 cal/(mol K)."""
+
+UNITS = dict(
+    zip(TARGETS, ["D", "a0^3", *["eV"] * 3, "a0^2", *["eV"] * 5, "cal/(mol K)"], strict=True)
+)
 
 FREE_ATOMS = {
     "u0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
@@ -61,6 +67,28 @@ class QM9:
         """Numbers, positions and targets of molecule k."""
         atoms = slice(self.start[k], self.start[k + 1])
         return self.numbers[atoms], self.positions[atoms], self.targets[k]
+
+    def columns(self, rows: np.ndarray, target: str, atoms: int) -> dict[str, Tensor]:
+        """Molecules side by side, padded to ``atoms`` places: ``numbers`` (M, atoms), 0 at padding,
+        ``positions`` (M, atoms, 3), ``mask`` (M, atoms), ``value`` (M,) of one target.
+
+        Raises:
+            UserError: there is no such target.
+        """
+        if target not in TARGETS:
+            raise UserError(f"QM9 has no target {target!r}; give one of {', '.join(TARGETS)}.")
+        sizes = np.diff(self.start)[rows]
+        mask = np.arange(atoms) < sizes[:, None]
+        places = self.start[rows][:, None] + np.arange(atoms)
+        places = np.where(mask, places, 0)
+        return {
+            "numbers": torch.from_numpy(np.where(mask, self.numbers[places], 0)),
+            "positions": torch.from_numpy(
+                np.where(mask[..., None], self.positions[places], 0.0).astype(np.float32)
+            ),
+            "mask": torch.from_numpy(mask),
+            "value": torch.from_numpy(self.targets[rows, list(TARGETS).index(target)]),
+        }
 
     def split(self) -> dict[str, np.ndarray]:
         """The community's split under seed 42: 110,000 train, 10,000 valid, 10,831 test.

@@ -1,7 +1,7 @@
 """Structures with energies and forces from files: extended XYZ and npz without pickle."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,33 @@ def stack_molecules(frames: Sequence[Structure]) -> dict[str, Tensor]:
         "energy": torch.tensor([f.energy for f in frames], dtype=torch.float64),
         "forces": torch.from_numpy(np.stack([f.forces for f in frames])).float(),  # type: ignore[misc]
     }
+
+
+def pad_molecules(frames: Sequence[Structure], atoms: int | None = None) -> dict[str, Tensor]:
+    """Molecules of several sizes as tensors (frames, atoms, ...): ``stack_molecules`` with number 0
+    and forces of NaN at padding, and ``mask``, False there.
+
+    Args:
+        atoms: places for each; default those of the largest.
+
+    Raises:
+        UserError: a frame is periodic, or energies or forces are missing.
+    """
+    most = max(len(frame) for frame in frames) if atoms is None else atoms
+
+    def padded(values: np.ndarray, with_: float) -> np.ndarray:
+        filling = [(0, most - len(values)), *[(0, 0)] * (values.ndim - 1)]
+        return np.pad(values, filling, constant_values=with_)
+
+    same = [
+        replace(
+            f, numbers=padded(f.numbers, 0), positions=padded(f.positions, 0.0),
+            forces=None if f.forces is None else padded(f.forces, np.nan),
+        )
+        for f in frames
+    ]  # fmt: skip
+    sizes = torch.tensor([len(frame) for frame in frames])
+    return {**stack_molecules(same), "mask": torch.arange(most) < sizes[:, None]}
 
 
 def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tensor]:

@@ -1,0 +1,153 @@
+"""What the networks refuse: one sentence where the input enters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weightshare.equivariant.invariants import MODES
+from weightshare.errors import UserError
+
+
+def check_graphs(
+    positions: Tensor,
+    inputs: Sequence[Tensor | None],
+    channels: Sequence[int],
+    dim: int,
+    edges: Tensor | str | None,
+    offsets: Tensor | None,
+    batch: Tensor | None,
+    mask: Tensor | None,
+    *,
+    has_cutoff: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse arguments of ``Ponita.forward`` that do not fit together."""
+    if positions.ndim not in (2, 3) or positions.shape[-1] != dim:
+        raise UserError(
+            f"positions have shape {tuple(positions.shape)}; give (points, {dim}), or "
+            f"(graphs, points, {dim}) for fully connected graphs of one size."
+        )
+    lead = positions.shape[:-1]
+    check_channels(positions, inputs, channels)
+    if positions.dtype != dtype and not torch.is_autocast_enabled(positions.device.type):
+        raise UserError(
+            f"positions are {positions.dtype} and the network's weights {dtype}; convert one of "
+            "them, for instance with network.to(positions.dtype)."
+        )
+    if mask is not None and (tuple(mask.shape) != tuple(lead) or mask.dtype != torch.bool):
+        raise UserError(
+            f"mask has shape {tuple(mask.shape)} and type {mask.dtype}; give {tuple(lead)} bool, "
+            "False at padding."
+        )
+    if mask is not None and positions.ndim == 2:
+        raise UserError("A mask is for padded graphs (graphs, points, d); leave out the padding.")
+    check_finite(positions, mask)
+    if positions.ndim == 3:
+        if edges is not None or batch is not None:
+            raise UserError(
+                "Graphs given as (graphs, points, d) are fully connected; leave out edges and "
+                "batch, or give points as (points, d)."
+            )
+        return
+    if batch is not None and tuple(batch.shape) != tuple(lead):
+        raise UserError(f"batch has shape {tuple(batch.shape)}; give {tuple(lead)}.")
+    if isinstance(edges, Tensor):
+        check_edges(edges, lead[0])
+        if offsets is not None and tuple(offsets.shape) != (edges.shape[1], dim):
+            raise UserError(
+                f"offsets have shape {tuple(offsets.shape)}; give {(edges.shape[1], dim)}."
+            )
+    elif edges is None and not has_cutoff:
+        raise UserError(
+            "No edges: give edges (2, E), edges='full', or build the network with a cutoff."
+        )
+    elif edges is not None and edges != "full":
+        raise UserError(f"edges is {edges!r}; give a tensor (2, E) or 'full'.")
+
+
+def check_channels(
+    positions: Tensor, given: Sequence[Tensor | None], channels: Sequence[int]
+) -> None:
+    """Refuse inputs at the points, scalars, vectors and tensors in turn, that are not (..., C),
+    (..., C, d) and (..., C, d, d)."""
+    lead, d = positions.shape[:-1], positions.shape[-1]
+    names = ("scalars", "vectors", "tensors")
+    for rank, (one, count) in enumerate(zip(given, channels, strict=True)):
+        wanted = (*lead, count, *(d,) * rank)
+        if (one is None) != (count == 0) or (one is not None and tuple(one.shape) != wanted):
+            shape = "nothing" if one is None else tuple(one.shape)
+            need = wanted if count else "nothing"
+            raise UserError(f"{names[rank]}: the network takes {need} here and was given {shape}.")
+
+
+def check_finite(positions: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse coordinates that are not finite, but for padding. Not looked at on a GPU, where the
+    step would have to wait."""
+    if not positions.is_cuda and not bool(torch.isfinite(positions).all()):
+        good = torch.isfinite(positions).all(-1)
+        if mask is None or bool((~good & mask).any()):
+            raise UserError(
+                "positions hold a coordinate that is not finite; remove or repair that point."
+            )
+
+
+def checked_grid(grid: Tensor, dim: int) -> Tensor:
+    """The grid in float64, if it is (N, d) unit vectors or (N, 3, 3) rotations."""
+    grid = grid.double()
+    if tuple(grid.shape[1:]) not in ((dim,), (3, 3)) or len(grid) == 0:
+        raise UserError(
+            f"The grid has shape {tuple(grid.shape)}; give (N, {dim}) unit vectors or (N, 3, 3) "
+            "rotations."
+        )
+    if grid.ndim == 2:
+        wrong = (grid.norm(dim=-1) - 1).abs().max()
+    else:
+        wrong = (grid @ grid.mT - torch.eye(3, dtype=grid.dtype)).abs().max()
+    if not wrong < 1e-4:
+        raise UserError("The grid's orientations must have length 1 (rotations: be orthogonal).")
+    return grid
+
+
+def check_options(
+    inputs: tuple[int, int, int],
+    outputs: tuple[int, int, int],
+    grid: Tensor | None,
+    invariants: str,
+    convolution: str,
+    chiral: bool,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Refuse a network that cannot be built."""
+    if not any(inputs) or not any(outputs):
+        raise UserError("Give at least one input and one output channel (scalars, vectors...).")
+    if min(*inputs, *outputs) < 0 or min(sizes) < 1:
+        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
+    if grid is None and any([*inputs[1:], *outputs[1:]]):
+        raise UserError("Vectors and tensors need orientations; give orientations >= 1.")
+    if invariants not in MODES:
+        raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
+    if convolution not in ("separable", "full"):
+        raise UserError(f"convolution is {convolution!r}; give separable or full.")
+    if convolution == "full" and grid is None:
+        raise UserError("A full convolution needs orientations; give orientations >= 1.")
+    sphere = grid is not None and grid.ndim == 2 and grid.shape[-1] == 3
+    if chiral and not (sphere and invariants == "complete" and convolution == "full"):
+        raise UserError(
+            "chiral needs a full convolution on the sphere with complete invariants; a separable "
+            "one cannot see handedness."
+        )
+
+
+def check_edges(edges: Tensor, nodes: int) -> None:
+    """Refuse what is no edge list of so many points."""
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
+        raise UserError(
+            f"edges have shape {tuple(edges.shape)} and type {edges.dtype}; give (2, E) int64 with "
+            "senders in row 0 and receivers in row 1."
+        )
+    if edges.numel() and not edges.is_cuda and (edges.min() < 0 or edges.max() >= nodes):
+        raise UserError(
+            f"edges name points {int(edges.min())} to {int(edges.max())} of {nodes} points; "
+            f"use 0 to {nodes - 1}."
+        )
