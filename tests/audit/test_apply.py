@@ -81,23 +81,29 @@ def test_unshared_groups_keep_sharing_inside():
     assert model.blocks[0][1].weight is not model.blocks[1][1].weight
 
 
-def test_a_training_step_of_the_copy_leaves_the_parent_and_its_optimizer_alone():
+def test_a_training_step_of_one_copy_leaves_the_parent_and_the_other_copy_alone():
     torch.manual_seed(0)
-    parent = Blocks()
+    parent = nn.Sequential(Blocks(), nn.BatchNorm1d(3))
     optimizer = torch.optim.Adam(parent.parameters())
     loss(parent, X).backward()
     optimizer.step()
-    before = copy.deepcopy(parent.state_dict())
+    parent.eval()
+    advice = suggestion(parent, "unshare")
+    children = [apply(copy.deepcopy(parent), advice) for _ in range(2)]
+    assert all(torch.equal(child(X), parent(X)) for child in children)
+    before = [copy.deepcopy(m.state_dict()) for m in (parent, children[1])]
     moments = copy.deepcopy(optimizer.state_dict())
-    child = apply(copy.deepcopy(parent), suggestion(parent, "unshare"))
-    theirs = torch.optim.Adam(child.parameters())
-    loss(child, X).backward()
+    theirs = torch.optim.Adam(children[0].parameters())
+    children[0].train()
+    loss(children[0], X).backward()
     theirs.step()
-    assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
+    for model, kept in zip((parent, children[1]), before, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert str(optimizer.state_dict()) == str(moments)
-    stored = {p.data_ptr() for p in parent.parameters()}
-    assert stored.isdisjoint(p.data_ptr() for p in child.parameters())
-    assert len({id(b[1].bias) for b in child.blocks}) == 2  # one group of two still shares
+    stored = [{t.data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (parent, *children)]
+    assert stored[0].isdisjoint(stored[1] | stored[2]) and stored[1].isdisjoint(stored[2])
+    # one group of two still shares
+    assert all(len({id(b[1].bias) for b in child[0].blocks}) == 2 for child in children)
 
 
 def test_a_loop_with_weights_of_its_own_is_the_unrolled_loop():

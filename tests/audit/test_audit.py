@@ -2,9 +2,10 @@ import copy
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
-from models import Cropped, Looped, TiedHead, TwoModules, batch
+from models import Cropped, Looped, Sliced, TiedHead, TwoModules, batch
 from torch import nn
 
 from weightshare.audit import audit, similar
@@ -86,7 +87,7 @@ def test_per_tensor_looks_at_each():
     ]
 
 
-@pytest.mark.parametrize("kind", [Looped, TwoModules, TiedHead, Cropped])
+@pytest.mark.parametrize("kind", [Looped, TwoModules, TiedHead, Cropped, Sliced])
 def test_every_kind_of_sharing_is_audited(kind):
     torch.manual_seed(0)
     found = audit(kind(), batches(), lambda m, x: m(x).square().mean(), suggestions=False)
@@ -118,11 +119,12 @@ def test_an_audit_leaves_no_trace(fails):
     before = copy.deepcopy(model.state_dict())
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     state = copy.deepcopy(optimizer.state_dict())
-    streams = torch.random.get_rng_state(), random.getstate()
+    streams = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     calls = []
 
     def counting(m, x):
         calls.append(1)
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
         if fails and len(calls) == 9:
             raise KeyError("half-way")
         return loss(m, x)
@@ -141,6 +143,7 @@ def test_an_audit_leaves_no_trace(fails):
     assert str(optimizer.state_dict()) == str(state)
     assert torch.equal(streams[0], torch.random.get_rng_state())
     assert streams[1] == random.getstate()
+    assert (streams[2] == np.random.get_state()[1]).all()  # noqa: NPY002
     assert model.training and not model[2].training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -232,7 +235,6 @@ def test_a_stable_grouping_stops_early():
 
 
 def test_two_audits_with_one_seed_are_the_same():
-    first, second = (audit(Looped(), batches(), loss, seed=1) for _ in range(2))
     torch.manual_seed(0)
     a = Looped()
     first, second = (audit(a, batches(), loss, seed=1) for _ in range(2))

@@ -94,6 +94,31 @@ class Cropped(nn.Module):
         return self.convolve(x)
 
 
+class Sliced(nn.Module):
+    """Two widths of one layer: the narrow one reads the first rows and columns of the weight."""
+
+    def __init__(self, checkpointing: bool = False, unshared: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.second = nn.Parameter(torch.randn(3, 3)) if unshared else None
+        self.checkpointing = checkpointing
+
+    def shared_uses(self):
+        if self.second is not None:
+            return {}
+        return {"weight": {"narrow": lambda w: w[:2, :2], "wide": lambda w: w}}
+
+    def widths(self, x: torch.Tensor) -> torch.Tensor:
+        narrow = use(self.weight, "narrow") if self.second is None else self.weight
+        wide = use(self.weight, "wide") if self.second is None else self.second
+        return torch.tanh(x @ wide.T)[:, :2] @ narrow[:2, :2].T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpointing:
+            return checkpoint(self.widths, x, use_reentrant=False)
+        return self.widths(x)
+
+
 # model, name of the shared weight, the names that take its place in the unshared twin, use by use
 SHARED = [
     (Looped, "blocks.0.1.weight", [f"blocks.{i}.1.weight" for i in range(4)]),
@@ -101,6 +126,7 @@ SHARED = [
     (TwoModules, "a.weight", ["a.weight", "b.weight"]),
     (TiedHead, "embedding.weight", ["embedding.weight", "head.weight"]),
     (Cropped, "weight", ["weight", "second"]),
+    (Sliced, "weight", ["weight", "second"]),
 ]
 
 

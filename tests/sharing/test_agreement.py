@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -203,6 +205,22 @@ def test_users_one_at_a_time_equal_autograd_on_each_in_double_precision():
     for together in (2**26, 1):  # all tensors at once, and one tensor group after the other
         gram = gram_of(model, [x], together=together)
         assert torch.allclose(gram.products("paper"), exact, atol=1e-10)
+
+
+def test_users_with_graphs_of_their_own_are_streamed_a_group_of_tensors_at_a_time():
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    named = dict(net.named_parameters())
+    x = torch.randn(5, 4)
+    losses = {user: (lambda s=user: (net(x) * s).square().sum()) for user in (1, 2, 3)}
+    seen, alive = [], []
+    for part in user_gradients(losses, named, together=3 * 20):
+        assert sum(g.numel() for users in part.values() for g in users.values()) <= 3 * 20
+        assert all(old() is None for old in alive)  # of the group before, nothing is left
+        seen += part
+        alive = [weakref.ref(g) for users in part.values() for g in users.values()]
+        del part
+    assert seen == list(named)
 
 
 def test_the_gradient_is_right_by_finite_differences():

@@ -99,6 +99,21 @@ def test_micro_batches_accumulate_to_the_batch():
             assert torch.allclose(total[name][use], gradient, atol=1e-12)
 
 
+def test_sketches_of_micro_batches_accumulate_to_the_sketch_of_the_batch():
+    model, sketch = Looped().double(), CountSketch(16, seed=3)
+    total = None
+    for part in batch(rows=8).chunk(4):
+        with per_use(model, keep=sketch) as uses:
+            total = accumulate(total, uses.gradients(model(part).square().sum()))
+    with per_use(model) as uses:
+        whole = uses.gradients(model(batch(rows=8)).square().sum())
+    for name, uses_of in whole.items():
+        for use, gradient in uses_of.items():
+            assert torch.allclose(total[name][use], sketch(name, gradient), atol=1e-10)
+        every = sum(total[name].values())  # and of the sum over uses
+        assert torch.allclose(every, sketch(name, sum(uses_of.values())), atol=1e-10)
+
+
 def test_factors_are_the_gradient_and_their_inner_products_are_exact():
     model = Looped().double()
     with per_use(model) as uses:

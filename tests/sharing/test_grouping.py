@@ -136,6 +136,32 @@ def test_reference_defect_6_small_gradients_agree_with_themselves():
     assert torch.allclose(gram.cosine(), torch.ones(2, 2).double())
 
 
+@given(
+    sizes=st.lists(st.integers(2, 6), min_size=2, max_size=5),
+    seed=st.integers(0, 1000),
+    more=st.floats(1.0, 5.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_more_conflict_on_one_block_moves_the_choice_towards_it_only(sizes, seed, more):
+    g = torch.Generator().manual_seed(seed)
+    blocks = []
+    for k in sizes:
+        d = torch.rand(k, k, generator=g, dtype=torch.float64)
+        blocks.append(((d + d.T) / 2).fill_diagonal_(0))
+
+    def chosen(distances):
+        gains = [partition(d, 2).gain_per_user for d in distances]
+        return gains.index(max(gains)), gains
+
+    before, gains = chosen(blocks)
+    raised = seed % len(sizes)
+    after, new = chosen([d * more if i == raised else d for i, d in enumerate(blocks)])
+    assert after in (before, raised)
+    assert new[raised] >= gains[raised] - 1e-12
+    agreeing = [torch.zeros(k, k, dtype=torch.float64) for k in sizes]
+    assert max(chosen(agreeing)[1]) == 0  # nothing to gain anywhere: no split
+
+
 def test_users_without_gradient_are_no_evidence():
     d = symmetric(5, 3)
     whole = partition(d[:4, :4], 2)
