@@ -120,6 +120,21 @@ def test_hotswap_overwrites_in_place(tmp_path):
     torch.testing.assert_close(one(x).logits, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_hotswap_does_not_recompile(tmp_path):
+    torch._dynamo.reset()
+    x = tokens()
+    one, two = adapted(blocks=2, index_seed=1), adapted(blocks=2, seed=4, index_seed=2)
+    with torch.no_grad():
+        want = two(x).logits
+        two.save_pretrained(tmp_path)
+        compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+        compiled(x)
+        hotswap(one, tmp_path)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(x).logits, want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_hotswap_that_fails_changes_nothing(tmp_path):
     x = tokens()
     model = adapted()
