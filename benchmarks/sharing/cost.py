@@ -145,7 +145,7 @@ GPU = [
     (512, 12, 4, 8, 256, "float32"),
     (1024, 12, 12, 16, 512, "float32"),
     (1024, 24, 24, 16, 512, "bfloat16"),
-    (2048, 12, 12, 8, 512, "float32"),
+    (2048, 12, 12, 4, 512, "float32"),
     (2048, 12, 4, 16, 512, "bfloat16"),
     (2048, 24, 24, 16, 512, "bfloat16"),
 ]
@@ -157,7 +157,9 @@ def steps_table(device, quick):
         width, depth, group, batch, length, dtype = size
         torch.manual_seed(0)
         ids = torch.randint(4096, (batch, length), device=device)
-        steps = Steps(Folded(depth, group, width).to(device), ids, getattr(torch, dtype))
+        with device:
+            model = Folded(depth, group, width)
+        steps = Steps(model, ids, getattr(torch, dtype))
         sketch = CountSketch(4096)
         variants = {
             "training step": steps.train,
@@ -180,7 +182,7 @@ def steps_table(device, quick):
                     "memory_ratio": peak and round(peak / base[1], 2),
                 }
             )
-        del steps, variants
+        del model, steps, variants
     return rows
 
 
@@ -258,7 +260,9 @@ def users_table(device, quick):
     ids = torch.randint(4096, (2, 64), device=device)
     for users in (2, 4, 8, 16) if quick else (2, 4, 8, 16, 32):
         torch.manual_seed(0)
-        steps = Steps(Folded(users, users, width).to(device), ids)
+        with device:
+            model = Folded(users, users, width)
+        steps = Steps(model, ids)
         variants = {
             "training": steps.train,
             "whole": steps.measure,
