@@ -67,10 +67,22 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     np.savez(tmp_path / "nan.npz", **broken)
     np.savez(tmp_path / "same.npz", **together)
     np.savez(tmp_path / "part.npz", z=data["z"])
-    cases = {"pickled": "pickled", "nan": "not finite", "same": "one place", "part": "lacks R, E"}
+    np.savez(tmp_path / "short.npz", **{**data, "E": np.zeros(2)})
+    np.savez(tmp_path / "flat.npz", **{**data, "R": np.zeros((3, 6))})
+    np.savez(tmp_path / "shape.npz", **{**data, "z": np.array([6, 1, 1])})
+    np.savez(tmp_path / "nothing.npz", **{**data, "z": np.array([0, 1])})
+    (tmp_path / "text.npz").write_text("no archive")
+    cases = {
+        "pickled": "pickled", "nan": "not finite", "same": "one place", "part": "lacks R, E",
+        "short": "2 energies", "flat": r"positions \(3, 6\)", "shape": "for 3 atoms",
+        "nothing": "atomic number 0", "text": "no npz file",
+    }  # fmt: skip
     for name, said in cases.items():
         with pytest.raises(UserError, match=said):
             read_structures(tmp_path / f"{name}.npz", "eV")
+    (tmp_path / "junk.xyz").write_text("hello\nworld\n")
+    with pytest.raises(UserError, match="no extended XYZ"):
+        read_structures(tmp_path / "junk.xyz")
     with pytest.raises(UserError, match="neither"):
         read_structures(tmp_path / "a.csv")
     with pytest.raises(UserError, match="no file"):
@@ -94,8 +106,16 @@ def test_splits_keep_the_order_and_refuse_strangers():
     stranger = Structure(np.array([8, 1]), np.eye(3)[:2], 0.0, np.zeros((2, 3)))
     with pytest.raises(UserError, match=r"species \[8\]"):
         split_frames(frames, [stranger])
-    with pytest.raises(UserError, match="no energy"):
-        split_frames([*frames, Structure(np.array([6]), np.zeros((1, 3)))])
+    unlabelled = Structure(np.array([6]), np.zeros((1, 3)))
+    for one in (
+        unlabelled,
+        Structure(*frames[0].__dict__.values()),
+    ):
+        one.energy = None if one is unlabelled else float("nan")
+        with pytest.raises(UserError, match="no finite energy"):
+            split_frames([*frames, one])
+    with pytest.raises(UserError, match="at least 3"):
+        split_frames(frames[:2])
     with pytest.raises(UserError, match="too few"):
         split_frames(frames, train=20)
     for cutoff in (None, 9.0):

@@ -46,10 +46,13 @@ def atoms(config: "PointsConfig") -> None:
     everything = [z for part in frames.values() for f in part for z in f.numbers.tolist()]
     torch.manual_seed(config.seed)
     pulls = torch.cat([torch.from_numpy(f.forces).flatten() for f in frames["train"]])
+    scale = float(pulls.square().mean().sqrt())
+    if scale == 0:
+        raise UserError(f"All forces in {config.data} are zero; there is nothing to learn.")
     potential = PonitaPotential(
         everything,
         cutoff=config.cutoff or None,
-        scale=float(pulls.square().mean().sqrt()),
+        scale=scale,
         invariants=config.invariants,
         **sizes(config),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from weightshare.equivariant.ponita import DENSE_POINTS
@@ -35,9 +36,10 @@ def split_frames(
             species that is not trained on.
     """
     for number, frame in enumerate([*frames, *(tests or ())]):
-        if frame.energy is None or frame.forces is None:
+        labels = (frame.energy, frame.forces)
+        if any(label is None or not np.isfinite(label).all() for label in labels):
             raise UserError(
-                f"Frame {number} has no energy or no forces; leave it out, or give both."
+                f"Frame {number} has no finite energy or forces; leave it out, or give both."
             )
     known = {z for f in frames for z in f.numbers.tolist()}
     if strangers := {z for f in tests or () for z in f.numbers.tolist()} - known:
@@ -46,6 +48,8 @@ def split_frames(
             "on species that are."
         )
     n = len(frames)
+    if n < 3:
+        raise UserError(f"There are {n} structures; give at least 3, to train, watch and test on.")
     held = 0 if tests is not None else test or max(n // 10, 1)
     valid = valid or max(n // 20, 1)
     train = train or n - held - valid

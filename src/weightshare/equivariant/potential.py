@@ -60,7 +60,7 @@ class PonitaPotential(nn.Module):
         super().__init__()
         chosen = sorted(set(map(int, species)))
         if not chosen or chosen[0] < 1 or chosen[-1] > 118:
-            raise UserError(f"species are {list(species)}; give atomic numbers from 1 to 118.")
+            raise UserError(f"species are {chosen}; give atomic numbers from 1 to 118.")
         if references is not None and len(references) != len(chosen):
             raise UserError(
                 f"references has {len(references)} energies for the species {chosen}; give one "

@@ -1,5 +1,6 @@
 """Structures with energies and forces from files: extended XYZ and npz without pickle."""
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,7 +69,16 @@ def read_structures(path: str | Path, unit: str = "auto") -> list[Structure]:
 
 
 def check_structure(frame: Structure, name: str = "the structure") -> None:
-    """Refuse coordinates that are not finite and atoms that coincide."""
+    """Refuse shapes that do not fit, species that do not exist, coordinates that are not finite and
+    atoms that coincide."""
+    if frame.positions.shape != (len(frame), 3):
+        raise UserError(
+            f"The positions of {name} have shape {frame.positions.shape} for {len(frame)} atoms; "
+            f"give {(len(frame), 3)}."
+        )
+    if len(frame) and not (frame.numbers.min() > 0 and frame.numbers.max() <= 118):
+        wrong = frame.numbers[(frame.numbers < 1) | (frame.numbers > 118)][0]
+        raise UserError(f"{name} holds the atomic number {wrong}; there are 1 to 118.")
     if not np.isfinite(frame.positions).all():
         raise UserError(f"A coordinate of {name} is not finite; repair or leave out the frame.")
     if 1 < len(frame) <= 512:
@@ -84,7 +94,11 @@ def _read_xyz(path: Path, unit: str) -> list[Structure]:
 
     factor = UNITS["eV" if unit == "auto" else unit]
     frames = []
-    for atoms in read(str(path), ":", format="extxyz"):
+    try:
+        found = read(str(path), ":", format="extxyz")
+    except (OSError, ValueError, KeyError, IndexError) as error:  # XYZError is an OSError
+        raise UserError(f"{path} is no extended XYZ file: {error}") from error
+    for atoms in found:
         known = {} if atoms.calc is None else atoms.calc.results
         energy = known.get("energy", atoms.info.get("energy"))
         pull = known.get("forces", atoms.arrays.get("forces"))
@@ -110,6 +124,8 @@ def _read_xyz(path: Path, unit: str) -> list[Structure]:
 
 
 def _read_npz(path: Path, unit: str) -> list[Structure]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no npz file; write one with numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as file:
             kept = {name: file[name] for name in file.files}
@@ -125,6 +141,11 @@ def _read_npz(path: Path, unit: str) -> list[Structure]:
             "coords, energies, forces."
         )
     numbers, places, energies, pulls = (np.asarray(kept[name]) for name in names)
+    if places.ndim != 3 or pulls.shape != places.shape or energies.size != len(places):
+        raise UserError(
+            f"{path} has positions {places.shape}, forces {pulls.shape} and {energies.size} "
+            "energies; give (frames, atoms, 3), the same, and one energy for each frame."
+        )
     if unit == "auto":
         unit = _unit_of(kept, revised, path)
     factor, cell = UNITS[unit], kept.get("cell")
