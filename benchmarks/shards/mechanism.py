@@ -42,7 +42,7 @@ METHODS = {
 }
 
 
-SHARES = (0.0, 0.5, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
