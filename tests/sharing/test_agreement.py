@@ -10,11 +10,14 @@ from weightshare.errors import UserError
 from weightshare.sharing import (
     Gram,
     Stable,
+    by_rows,
     by_tensor,
     opposed,
+    per_use,
     task_gradients,
     user_gradients,
 )
+from weightshare.sharing.ghost import Factors
 
 
 def observed(gram, rows):
@@ -297,6 +300,34 @@ def test_tasks_on_one_trunk_are_told_apart():
         for task, gradient in found[name].items():
             assert torch.equal(gradient, alone[task][number])
     assert list(found["head"]) == ["task 1"]
+
+
+def test_owners_of_rows_are_told_apart_in_one_backward_pass():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    tied = nn.Sequential(net, nn.Linear(2, 4, bias=False), net).double()  # the net runs twice
+    owners, x = ["a", "b", "a", "c"], vectors(4, 3, 4)  # three tokens a row
+    named = dict(tied.named_parameters())
+
+    def loss(user):
+        rows = [i for i, owner in enumerate(owners) if owner == user]
+        return tied(x[rows]).square().sum()
+
+    (exact,) = user_gradients({u: (lambda u=u: loss(u)) for u in "abc"}, named)
+    passes = []
+    with per_use(tied, factors=True) as uses:
+        total = tied(x).square().sum()
+        total.register_hook(lambda _: passes.append(1))
+        found = by_rows(uses.gradients(total), owners)
+    assert len(passes) == 1 and set(found) == set(named)
+    for name, users in found.items():
+        for user, gradient in users.items():
+            dense = gradient.dense() if isinstance(gradient, Factors) else gradient
+            assert torch.allclose(dense, exact[name][user], atol=1e-12)
+    ours, theirs = (Gram("abc").update(g).products("paper") for g in (found, exact))
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    with pytest.raises(UserError, match="no multiple"):
+        by_rows({"w": {"use": Factors(torch.ones(5, 2), torch.ones(5, 3))}}, owners)
 
 
 def test_the_updates_of_clients_are_users_too():

@@ -28,11 +28,6 @@ class Factors:
         """The gradient itself, ``(d_out, d_in)``."""
         return self.outputs.T @ self.inputs
 
-    def inner(self, other: "Factors") -> Tensor:
-        """⟨G_1, G_2⟩ as a float64 scalar."""
-        a = self.inputs.double() @ other.inputs.double().T
-        return (a * (self.outputs.double() @ other.outputs.double().T)).sum()
-
     def __add__(self, other: "Factors") -> "Factors":
         return Factors(
             torch.cat([self.inputs, other.inputs]), torch.cat([self.outputs, other.outputs])

@@ -7,7 +7,7 @@ measured: uses of a tied weight, tasks, children of a supernet, domains, clients
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -109,6 +109,52 @@ def by_tensor(updates: Mapping[User, Mapping[str, Tensor]]) -> Gradients[User]:
     for user, tensors in updates.items():
         for name, tensor in tensors.items():
             found.setdefault(name, {})[user] = tensor
+    return found
+
+
+def by_rows(gradients: Gradients[Any], owners: Sequence[User]) -> Gradients[User]:
+    """Users that own rows of one batch, such as domains of data, in one backward pass for all.
+
+    A linear layer's gradient, kept as its factors, can be told apart by the rows it came from. What
+    a user's rows give is its gradient where rows do not mix inside the model (no batch norm) and
+    the loss is the *sum* of the users' losses::
+
+        with per_use(model, factors=True) as uses:
+            found = by_rows(uses.gradients(losses.sum()), owners)
+
+    Args:
+        gradients: of :func:`per_use` with ``factors=True``.
+        owners: the user of each row of the batch, which is the first dimension of every layer's
+            input.
+
+    Returns the weights of linear layers and, where they were watched, their biases; of other
+    parameters no rows are known, they are left out.
+
+    Raises:
+        UserError: a layer saw a number of inputs that is no multiple of the rows.
+    """
+    found: Gradients[User] = {}
+    places = {user: [i for i, o in enumerate(owners) if o == user] for user in owners}
+    for name, uses in gradients.items():
+        for use, factors in uses.items():
+            if not isinstance(factors, Factors):
+                continue
+            if len(factors.inputs) % len(owners):
+                raise UserError(
+                    f"{name!r} saw {len(factors.inputs)} inputs, no multiple of the "
+                    f"{len(owners)} rows; their owners cannot be told."
+                )
+            inputs, outputs = (
+                part.view(len(owners), -1, part.shape[-1])
+                for part in (factors.inputs, factors.outputs)
+            )
+            bias = f"{use.module}.bias" if use.module else "bias"
+            for user, rows in places.items():
+                mine = Factors(inputs[rows].flatten(0, 1), outputs[rows].flatten(0, 1))
+                parts: Gradients[User] = {name: {user: mine}}
+                if bias in gradients:
+                    parts[bias] = {user: mine.outputs.sum(0)}
+                found = accumulate(found, parts)
     return found
 
 

@@ -64,10 +64,43 @@ def _some(rows: Rows, new: int) -> Tensor:
     if not late:
         return torch.zeros(len(rows), new, dtype=torch.float64)
     if any(isinstance(rows[i], Factors) for i in there):
-        values = torch.stack([torch.stack([rows[i].inner(rows[j]) for j in late]) for i in there])  # type: ignore[union-attr, arg-type]
+        values = _ghost([rows[i] for i in there], len(late))  # type: ignore[misc]
     else:
         values = _batched([[rows[i] for i in there]], len(late))[0]  # type: ignore[misc]
+    if len(there) == len(rows):
+        return values
     result = values.new_zeros(len(rows), new)
     at = torch.tensor(late) - (len(rows) - new)
     result[torch.tensor(there)[:, None], at] = values
     return result
+
+
+def _ghost(rows: Sequence[Factors], new: int) -> Tensor:
+    """``Σ (A_i A_jᵀ) ∘ (B_i B_jᵀ)`` of all pairs, as many at a time as ``ENTRIES`` holds."""
+    device = rows[0].inputs.device
+    late = rows[len(rows) - new :]
+    inputs, outputs = (torch.cat(part).double() for part in zip(*map(_pair, late), strict=True))
+    owner = torch.repeat_interleave(
+        torch.arange(new, device=device), torch.tensor([len(f.inputs) for f in late], device=device)
+    )
+    values = torch.zeros(len(rows), new, dtype=torch.float64, device=device)
+    start = 0
+    while start < len(rows):
+        stop, tokens = start + 1, len(rows[start].inputs)
+        while stop < len(rows) and (tokens + len(rows[stop].inputs)) * len(inputs) <= ENTRIES:
+            tokens += len(rows[stop].inputs)
+            stop += 1
+        some = rows[start:stop]
+        a, b = (torch.cat(part).double() for part in zip(*map(_pair, some), strict=True))
+        mine = torch.repeat_interleave(
+            torch.arange(start, stop, device=device),
+            torch.tensor([len(f.inputs) for f in some], device=device),
+        )
+        by_new = a.new_zeros(len(a), new).index_add_(1, owner, (a @ inputs.T) * (b @ outputs.T))
+        values.index_add_(0, mine, by_new)
+        start = stop
+    return values
+
+
+def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
+    return factors.inputs, factors.outputs
