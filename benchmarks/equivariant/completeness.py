@@ -9,8 +9,10 @@ one point; is the second turned to the left of the first? Fresh examples; 50 % i
 """
 
 import argparse
+import functools
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -80,6 +82,7 @@ def accuracy(task: str, options: dict, seed: int, steps: int) -> dict[str, float
     places, labels, arrows, _ = sample(200)
     network.calibrate_(places, labels, arrows)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    begun = time.process_time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
@@ -89,6 +92,7 @@ def accuracy(task: str, options: dict, seed: int, steps: int) -> dict[str, float
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    cost = 1000 * (time.process_time() - begun) / steps
     *given, truth = sample(4000)
     with torch.no_grad():
         said = torch.cat(
@@ -103,18 +107,22 @@ def accuracy(task: str, options: dict, seed: int, steps: int) -> dict[str, float
         "standard_error": float(right.std() / len(right) ** 0.5),
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": steps,
+        "processor_ms_per_step": cost,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seeds", default="0")
     table = Table("equivariant_completeness", __doc__, parser)
     steps = 60 if table.quick else table.options.steps
-    for task in ("tetrahedra", "turns", "free tetrahedra"):
-        for name, options in NETWORKS[task].items():
-            table.row(f"{task}: {name}", lambda t=task, o=options: accuracy(t, o, 0, steps))
-    table.show(["accuracy", "standard_error", "parameters", "steps", "seconds"])
+    for seed in map(int, table.options.seeds.split(",")):
+        for task in ("tetrahedra", "turns", "free tetrahedra"):
+            for name, options in NETWORKS[task].items():
+                row = f"{task}: {name}" + (f", seed {seed}" if seed else "")
+                table.row(row, functools.partial(accuracy, task, options, seed, steps))
+    table.show(["accuracy", "standard_error", "parameters", "steps", "processor_ms_per_step"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ COMMANDS = {
     "tour": "every system on real data, small; ends in a table and a report",
     "fold": "make a language model smaller: rank, remove, share, cure, save",
     "federate": "train a federation in which contribution earns the model",
-    "points": "train an equivariant network on points: N-body, or a potential on atoms",
+    "points": "train an equivariant network on points: N-body, a potential on atoms, QM9",
     "tune": "fine-tune a language model with a small adapter: shards, LoRA or any PEFT method",
     "audit": "who shares which weight, do they agree, what would it buy to unshare",
     "evaluate": "loss, bits per byte, zero-shot tasks, speed and size of a language model",
