@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -174,6 +175,32 @@ def test_prompts_are_read_and_not_learnt(model_folder, instructions):
     assert int(lengths.max()) <= 64 and int(lengths.sum()) == int(
         data.train["attention_mask"].sum()
     )
+
+
+def test_a_chat_template_frames_what_is_read_and_learnt(model_folder, instructions, tmp_path):
+    from transformers import AutoTokenizer
+
+    from weightshare.shards import read_data
+
+    folder = tmp_path / "chat"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "out"
+    arguments = ["tune", str(folder), "--data", str(instructions), "--out", str(out)]
+    assert main([*arguments, *SHORT, "--sequence-length", "96"]) == 0
+    assert json.loads((out / "summary.json").read_text())["loss"]["after"] > 0
+    row = read_instructions(instructions)[1]
+    data = read_data(AutoTokenizer.from_pretrained(folder), str(instructions), length=96)
+    ids, labels = data.train["input_ids"][0], data.train["labels"][0]
+    learnt = tokenizer.decode(ids[labels != -100])
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert learnt == f"{row.response}</assistant>"
+    assert whole.startswith(f"<user>{row.prompt}</user><assistant>{learnt}")
 
 
 def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
