@@ -2,18 +2,16 @@
 
     python benchmarks/federated/speed.py [--quick] [--minutes 10]
 
-``server``: validation of N replies as they arrive, reputations and rewards, against Flower's
-aggregate of the same replies (which decodes and averages, and validates nothing).
-``rewards``: quotas between 0.5 and 1, indices and values for every participant, against
-``numpy.argpartition`` and ``torch.topk`` for each participant alone. Best of several repetitions,
-alternating, in one process on one thread. A row is written as soon as it is done.
+``server``: validation of N replies as they arrive, reputations, quotas and where each reward ends,
+against Flower's aggregate of the same replies (which decodes and averages, and validates nothing).
+``rewards``: quotas between 0.5 and 1, which entries and their values for every participant, as they
+are put into its message, against ``numpy.argpartition`` and ``torch.topk`` for each participant
+alone. Best of several repetitions, alternating, in one process on one thread. A row is written as
+soon as it is done.
 """
 
-import argparse
-import json
-import platform
+import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +22,12 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-import weightshare
-from weightshare.federated import ReputationConfig, Standing, assess, flower, wire
-from weightshare.federated.rewards import Order, Rewards, entries_for
-from weightshare.report import read_json, write_json
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import Table
 
-RESULTS = Path(__file__).parents[1] / "results"
+from weightshare.federated import ReputationConfig, Standing, assess, flower, wire
+from weightshare.federated.rewards import Rewards, entries_for
+
 SIZES = [
     (10, 10**5),
     (50, 10**5),
@@ -74,10 +72,7 @@ def measure(count: int, dimension: int, repetitions: int) -> dict[str, float]:
         updates = {name: update for name, (update, _) in read.items()}
         squares = {name: square for name, (_, square) in read.items()}
         _, judged = assess(standing, updates, config, squares=squares)
-        rewards = Rewards(judged.aggregate, judged.quotas)
-        for order, counts in rewards._parts:
-            for k in counts.values():
-                order.indices[:k] if k < dimension else None
+        Rewards(judged.aggregate, judged.quotas)
 
     _, judged = assess(
         standing,
@@ -86,18 +81,13 @@ def measure(count: int, dimension: int, repetitions: int) -> dict[str, float]:
     )
     aggregate = judged.aggregate
     magnitudes, tensor = np.abs(aggregate), torch.from_numpy(aggregate).abs()
-    counts = [entries_for(q, dimension) for q in np.linspace(0.5, 1 - 1 / count, count)]
+    quotas = dict(zip(replies, np.linspace(0.5, 1 - 1 / count, count).tolist(), strict=True))
+    counts = [entries_for(quota, dimension) for quota in quotas.values()]
 
     def nested() -> None:
-        order = Order(aggregate, counts)
-        values = aggregate[order.indices]
-        for k in counts:
-            order.indices[:k], values[:k]
-
-    def masks() -> None:
-        order = Order(aggregate, counts)
-        for k in counts:
-            aggregate[order.support(k)]
+        rewards = Rewards(aggregate, quotas)
+        for name in quotas:
+            rewards.cut(name)
 
     def argpartition() -> None:
         for k in counts:
@@ -113,48 +103,30 @@ def measure(count: int, dimension: int, repetitions: int) -> dict[str, float]:
         {"server": server, "flower": lambda: aggregate_arrayrecords(plain, "num-examples")},
         repetitions,
     )
-    found |= best({"nested": nested, "masks": masks, "argpartition": argpartition}, repetitions)
+    found |= best({"rewards": nested, "argpartition": argpartition}, repetitions)
     found |= best({"topk": topk}, max(1, repetitions // 3))
     return {
-        "N": count,
-        "D": dimension,
         **{name: 1000 * value for name, value in found.items()},
         "server/flower": found["server"] / found["flower"],
-        "argpartition/nested": found["argpartition"] / found["nested"],
-        "topk/nested": found["topk"] / found["nested"],
-        "argpartition/masks": found["argpartition"] / found["masks"],
+        "argpartition/rewards": found["argpartition"] / found["rewards"],
+        "topk/rewards": found["topk"] / found["rewards"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, in a temporary place")
-    parser.add_argument("--minutes", type=float, default=10)
-    options = parser.parse_args()
+    table = Table("federated_speed", __doc__)
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp()) if options.quick else RESULTS
-    path = folder / "federated_speed.json"
-    results = read_json(path) if path.exists() else {"rows": []}
-    results |= {
-        "command": " ".join(sys.argv),
-        "unit": "milliseconds, best of the repetitions",
-        "versions": {"weightshare": weightshare.__version__, "numpy": np.__version__,
-                     "torch": torch.__version__, "flwr": flwr.__version__,
-                     "python": platform.python_version()},
-        "device": f"cpu, one thread, {platform.machine()}",
-    }  # fmt: skip
-    until = time.monotonic() + 60 * options.minutes
-    for count, dimension in SIZES[:2] if options.quick else SIZES:
-        if any((row["N"], row["D"]) == (count, dimension) for row in results["rows"]):
-            continue
-        if time.monotonic() > until:
-            print("time is up; the same command goes on where this one stopped")
-            break
+    table.facts = {"unit": "milliseconds, best of the repetitions", "flwr": flwr.__version__,
+                   "numpy": np.__version__}  # fmt: skip
+    for count, dimension in SIZES[:2] if table.quick else SIZES:
         repetitions = 7 if count * dimension <= 10**7 else 4
-        results["rows"].append(measure(count, dimension, repetitions))
-        write_json(path, results)
-        row = results["rows"][-1]
-        print(json.dumps({k: round(v, 2) for k, v in row.items()}), flush=True)
+        table.row(
+            f"{count}, 1e{round(math.log10(dimension))}",
+            lambda n=count, d=dimension, r=repetitions: measure(n, d, r),
+        )
+    table.write()
+    table.show(["server", "flower", "server/flower", "rewards", "argpartition/rewards",
+                "topk/rewards"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from weightshare.errors import UserError
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.copies import copies_among
 from weightshare.federated.standing import Standing, attested, shares
-from weightshare.federated.vectors import Vector, products, squared_norm, weighted_sum
+from weightshare.federated.vectors import Vector, combined, products, squared_norm, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,19 @@ def assess(
 
     if reference is None:
         weights = _weights(standing, names, votes, config, sizes)
-        aggregate = _aggregate(rows, scales, weights)
+        aggregate, inner = combined(rows, _scaled(weights, scales))
         own = [
             sum(weights[names.index(other)] for group in groups if name in group for other in group)
             or weights[i]
             for i, name in enumerate(names)
         ]
-        cosines = _cosines(rows, norms, scales, aggregate, own if config.leave_one_out else None)
+        cosines = _cosines(
+            inner.tolist(),
+            norms,
+            scales,
+            squared_norm(aggregate),
+            own if config.leave_one_out else None,
+        )
     else:
         length = sqrt(squared_norm(reference))
         cosines = [
@@ -127,7 +133,7 @@ def assess(
     after, judged = smooth(standing, credited, config)
     if reference is not None:
         weights = _weights(after, names, votes, config, sizes)
-        aggregate = _aggregate(rows, scales, weights)
+        aggregate = weighted_sum(rows, _scaled(weights, scales))
     judged = replace(
         judged,
         aggregate=aggregate,
@@ -274,20 +280,19 @@ def _weights(
     return [voted[name] for name in names]
 
 
-def _aggregate(rows: Sequence[Vector], scales: Sequence[float], weights: Sequence[float]) -> Vector:
-    return weighted_sum(rows, [w * s for w, s in zip(weights, scales, strict=True)])
+def _scaled(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
+    return [weight * scale for weight, scale in zip(weights, scales, strict=True)]
 
 
 def _cosines(
-    rows: Sequence[Vector],
+    products: Sequence[float],
     norms: Sequence[float],
     scales: Sequence[float],
-    aggregate: Vector,
+    square: float,
     own: Sequence[float] | None,
 ) -> list[float]:
-    square = squared_norm(aggregate)
     result = []
-    for i, product in enumerate(products(rows, aggregate)):
+    for i, product in enumerate(products):
         inner, length, rest = product * scales[i], norms[i] * scales[i], square
         if own is not None and own[i] < 1 - 1e-12:  # who is alone has only himself to compare with
             # ⟨g, a - ωg⟩ and ‖a - ωg‖² without forming a - ωg.

@@ -396,9 +396,8 @@ class ReputationStrategy(Strategy):
         scale = self._scales.get(name, 0.0)
         if self._rewards is None or name not in self._scales or not self._rewards.count(name):
             return wire.order(ticket, scale=scale)
-        support = self._rewards.support(name)
-        values = self._values(name)[support]
-        return wire.order(ticket, scale=scale, reward=(support, values))
+        reward = self._rewards.cut(name, self._values(name))
+        return wire.order(ticket, scale=scale, reward=reward)
 
     def _values(self, name: str) -> Vector:
         assert self._rewards is not None

@@ -45,10 +45,29 @@ def weighted_sum(rows: Sequence[Vector], weights: Sequence[float]) -> Vector:
     """``Σ_i weights_i · rows_i``, added in the order of the rows."""
     total = np.zeros(len(rows[0]), np.float32)
     for start in range(0, len(total), BLOCK):
-        into = total[start : start + BLOCK]
-        for row, weight in zip(rows, weights, strict=True):
-            if weight:
-                into = saxpy(row[start : start + BLOCK], into, a=weight)
-        # saxpy adds in place where it can; this is a copy onto itself then.
-        total[start : start + BLOCK] = into
+        parts = [row[start : start + BLOCK] for row in rows]
+        _add(total[start : start + BLOCK], parts, weights)
     return total
+
+
+def combined(
+    rows: Sequence[Vector], weights: Sequence[float]
+) -> tuple[Vector, NDArray[np.float64]]:
+    """``a = Σ_i weights_i · rows_i`` and ``⟨row_i, a⟩``, in one pass: a block of a is whole before
+    the rows' next block is touched, so that its products find the rows in the cache."""
+    total, inner = np.zeros(len(rows[0]), np.float32), np.zeros(len(rows))
+    for start in range(0, len(total), BLOCK):
+        into = total[start : start + BLOCK]
+        parts = [row[start : start + BLOCK] for row in rows]
+        _add(into, parts, weights)
+        inner += [float(np.dot(part, into)) for part in parts]
+    return total, inner
+
+
+def _add(into: Vector, parts: Sequence[Vector], weights: Sequence[float]) -> None:
+    result = into
+    for part, weight in zip(parts, weights, strict=True):
+        if weight:
+            result = saxpy(part, result, a=weight)
+    # saxpy adds in place where it can; this is a copy onto itself then.
+    into[:] = result
