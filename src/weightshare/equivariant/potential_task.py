@@ -75,28 +75,28 @@ class PotentialTask(Task):
         off = said.energy - batch["energy"]
         per_atom = off / atoms if self.per_atom else off
         pull = said.forces - batch["forces"]
+        known, labelled = torch.isfinite(off), torch.isfinite(pull)
         losses = {
-            "energy": _mean_square(per_atom / scale, self.energy_weight),
-            "force": _mean_square(pull / scale.to(pull), self.force_weight),
-            "energy_mae_mev": _mean_size(off),
-            "force_mae_mev_a": _mean_size(pull),
+            "energy": _mean_square(per_atom / scale, known, self.energy_weight),
+            "force": _mean_square(pull / scale.to(pull), labelled, self.force_weight),
+            "energy_mae_mev": _mean_size(off, known),
+            "force_mae_mev_a": _mean_size(pull, labelled),
         }
         if said.stress is not None:
             tension = said.stress - batch["stress"]
             volume = torch.linalg.det(batch["cell"]).abs() / (atoms * scale)
-            losses["stress"] = _mean_square(tension * volume[:, None, None], self.stress_weight)
-            losses["stress_mae_mev_a3"] = _mean_size(tension)
+            known = torch.isfinite(tension)
+            tensions = tension * volume[:, None, None]
+            losses["stress"] = _mean_square(tensions, known, self.stress_weight)
+            losses["stress_mae_mev_a3"] = _mean_size(tension, known)
         return losses
 
 
-def _mean_square(error: Tensor, weight: float) -> Term:
-    known = torch.isfinite(error)
+def _mean_square(error: Tensor, known: Tensor, weight: float) -> Term:
     return Term(torch.where(known, error, 0.0).square().sum().float(), known.sum(), weight)
 
 
-def _mean_size(error: Tensor) -> Term:
+def _mean_size(error: Tensor, known: Tensor) -> Term:
     """A metric in thousandths."""
-    known = torch.isfinite(error)
-    return Term(
-        1000 * torch.where(known, error, 0.0).detach().abs().sum().float(), known.sum(), 0.0
-    )
+    size = torch.where(known, error.detach(), 0.0).abs().sum().float()
+    return Term(1000 * size, known.sum(), 0.0)
