@@ -99,3 +99,20 @@ def test_quotas_by_layer_round_up_in_each_tensor():
     for part, whole, size in zip(parts, np.split(vector, [50, 60]), layers, strict=True):
         np.testing.assert_array_equal(part, sorted_support(whole, ceil(0.31 * size)))
     assert rewards.dense("b").tobytes() == vector.tobytes()
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.99, 0.995, 0.999], [0.3, 0.301, 0.99], np.linspace(0, 1, 40)]
+)
+@pytest.mark.parametrize("kind", ["noise", "ties", "misleading"])
+def test_a_sample_may_help_but_never_decides(shares, kind):
+    size = 150_000
+    vector = np.random.default_rng(1).standard_normal(size).astype(np.float32)
+    if kind == "ties":
+        vector = np.round(vector, 1)
+    if kind == "misleading":
+        vector[:: size // 2**14] = 50  # just those that are sampled
+    counts = [int(share * size) for share in shares]
+    order = Order(vector, counts)
+    for count in counts:
+        np.testing.assert_array_equal(order.support(count), sorted_support(vector, count))
