@@ -54,7 +54,7 @@ def model_card(
         for d in plan.deltas
     ]
     load = (
-        ("import weightshare.folding  # or pass trust_remote_code=True\n" if folded else "")
+        ("import weightshare.folding.modeling_folded  # or pass trust_remote_code=True\n" if folded else "")
         + "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
     )

@@ -16,6 +16,7 @@ and nothing else. It alone knows how a plan becomes tied parameter names:
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -116,7 +117,7 @@ class DeltaLinear(nn.Linear):
         """The weight, (out, in), of the ordinary linear layer that computes the same."""
         if self.kind == "scale":
             return self.weight * (1 + self.delta_unit * self.delta_scale)[:, None]
-        return self.weight + self.delta_b @ self.delta_a
+        return torch.addmm(self.weight, self.delta_b, self.delta_a)
 
 
 def _with_depth(kwargs: dict[str, Any]) -> dict[str, Any]:
