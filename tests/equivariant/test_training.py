@@ -17,6 +17,7 @@ from weightshare.equivariant import (
 from weightshare.equivariant.augment import turned
 from weightshare.equivariant.dynamics import VECTORS, columns, sample_errors
 from weightshare.equivariant.structures import Structure, collate
+from weightshare.errors import UserError
 from weightshare.training import Captured, EpochBatches, Loop, LoopConfig
 
 SMALL = {"hidden": 8, "layers": 2, "basis": 8, "widening": 2, "orientations": 6}
@@ -52,7 +53,7 @@ def trained(task, data, vectors, steps, device, capture):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["dynamics", "potential", "potential, recompute"])
+@pytest.mark.parametrize("kind", ["dynamics", "potential", "potential, recompute", "padded"])
 def test_fifty_captured_steps_equal_fifty_eager_ones(kind):
     found = []
     for capture in (False, True):
@@ -60,11 +61,33 @@ def test_fifty_captured_steps_equal_fifty_eager_ones(kind):
             task, data, vectors = dynamics_task(), columns(make_nbody(12, frames=(0, 1))), VECTORS
         else:
             task, data, vectors = potential_task(), molecules(), ("positions", "forces")
+            if kind == "padded":
+                data["mask"] = torch.arange(4) < torch.tensor([4, 3, 2]).repeat(4)[:, None]
+                data["numbers"] = data["numbers"] * data["mask"]
             task.potential.network.functions.recompute = "recompute" in kind
         found.append(trained(task, data, vectors, 50, "cuda", capture))
     start = torch.cat([p.detach().flatten() for p in task.parameters()]).cpu()
     assert not torch.equal(start, torch.zeros_like(start))
     assert close(found[1], found[0], 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_with_neighbour_lists_is_not_captured():
+    draw = np.random.default_rng(0)
+    frames = [
+        Structure(np.array([6, 1, 1]), draw.normal(size=(3, 3)), 0.0, draw.normal(size=(3, 3)))
+        for _ in range(2)
+    ]
+    task = potential_task()
+    update = Captured(RotatedUpdate.from_config(
+        task.cuda(), LoopConfig(), vectors=("positions", "forces"), examples="energy"
+    ))  # fmt: skip
+    batch = collate(frames, 3.0)
+    for step in range(update.warmup):
+        update.apply(update.prepare(batch, step))
+    with pytest.raises(UserError, match="number of edges changes"):
+        update.apply(update.prepare(batch, update.warmup))
 
 
 def test_a_turned_batch_has_the_same_loss_where_the_network_is_exact():
