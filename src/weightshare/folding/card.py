@@ -53,9 +53,9 @@ def model_card(
         + (f" {d.rank})" if d.rank else ")")
         for d in plan.deltas
     ]
+    register = "import weightshare.folding.modeling_folded  # or pass trust_remote_code=True\n"
     load = (
-        ("import weightshare.folding.modeling_folded  # or pass trust_remote_code=True\n" if folded else "")
-        + "from transformers import AutoModelForCausalLM\n"
+        (register if folded else "") + "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
