@@ -177,6 +177,7 @@ class _Alias(torch.autograd.Function):
 _DIFFERENTIABLE = {
     getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 }
+_SEQUENCES = (tuple, list)
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 
 
@@ -279,8 +280,13 @@ class _Aliasing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Most operations read no watched weight: they must cost next to nothing.
-        if not any(map(self._watched, args)) and not any(map(self._watched, kwargs.values())):
+        # Most operations read no watched weight: they must cost next to nothing, hence one plain
+        # loop (twice as quick as any() over a method).
+        ids = self.ids
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in ids or (type(value) in _SEQUENCES and self._watched(value)):
+                break
+        else:
             return func(*args, **kwargs)
         reads_property = getattr(func, "__name__", "") in ("__get__", "__set__")
         if func in _BACKWARD or (reads_property and func not in _DIFFERENTIABLE):
