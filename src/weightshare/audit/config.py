@@ -15,6 +15,8 @@ class AuditConfig:
             its documents is kept for the probe.
         per: look at all tensors with the same users together (layer), or at each (tensor).
         batches: distinct batches; agreement is measured between them, so at least 2, better 16.
+        patience: stop measuring once the grouping of every layer has come out the same so often in
+            a row (never before the fourth batch); 0 measures all batches.
         batch_size: sequences per batch.
         sequence_length: tokens per sequence, 0 for the model's own limit, at most 256.
         groups: into how many groups the users of a layer may be split.
@@ -38,6 +40,7 @@ class AuditConfig:
     data: str = "pystdlib"
     per: Literal["layer", "tensor"] = "layer"
     batches: int = 16
+    patience: int = 0
     batch_size: int = 4
     sequence_length: int = 0
     groups: int = 2

@@ -50,6 +50,7 @@ def run(config: "AuditConfig") -> None:
                 groups=config.groups,
                 rank=config.rank,
                 metric=config.metric,
+                patience=config.patience or None,
                 seed=config.seed,
                 progress=tell,
             )
@@ -124,6 +125,7 @@ def check(config: "AuditConfig") -> None:
         "probe": 0,
         "probe_steps": 1,
         "budget": 0,
+        "patience": 0,
     }
     for name, value in least.items():
         if getattr(config, name) < value:
