@@ -79,9 +79,9 @@ def main() -> None:
     if table.quick:
         cases = [("tiny", "pystdlib", ((3, 4),))]
     moments = MOMENTS if options.moment == "both" else (options.moment,)
-    for seed in SEEDS[:1] if table.quick else SEEDS:
-        for moment in moments:
-            for name, text, groups in cases:
+    for moment in moments:
+        for name, text, groups in cases:
+            for seed in SEEDS[:1] if table.quick else SEEDS:
                 table.row(
                     f"{name}, {[list(group) for group in groups]}, {moment}, seed {seed}",
                     lambda c=(name, text, groups, moment, seed): one(*c, steps, options),
