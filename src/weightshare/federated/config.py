@@ -299,7 +299,7 @@ class LocalConfig:
 
     The learning rate of local epoch e (counted over all rounds) is ``learning_rate * decay ** e``;
     order of samples and rate are functions of the round, so a participant that has lost everything
-    but its data goes on as before.
+    but its data goes on as before. Participants in one stack are trained by plain SGD only.
     """
 
     epochs: int = 3
@@ -307,3 +307,4 @@ class LocalConfig:
     learning_rate: float = 0.15
     decay: float = 0.977
     seed: int = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"

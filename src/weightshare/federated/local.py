@@ -83,17 +83,46 @@ def rate_at(step: int, number: int, examples: int, config: LocalConfig) -> float
     return float(config.learning_rate * config.decay**epoch)
 
 
+class Weights(Protocol):
+    """The weights that travel, as one vector."""
+
+    def read(self) -> Vector: ...
+    def write(self, vector: Vector, /) -> None: ...
+
+
+class TrainableWeights:
+    """All trainable weights of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def read(self) -> Vector:
+        return weights_of(self.module)
+
+    def write(self, vector: Vector, /) -> None:
+        set_weights(self.module, vector)
+
+
 class LoopTraining:
     """One participant after another, by ``weightshare.training.Loop``.
 
     Args:
-        task: its trainable weights are what travels; it is overwritten.
+        task: what is trained; its weights are overwritten.
         data: (inputs, labels) by participant.
-        config: epochs, batch size, learning rate.
+        config: epochs, batch size, learning rate, optimiser. An optimiser's moments begin anew each
+            round, because the reward has moved the weights.
+        weights: what travels of the task; all its trainable weights where none are given.
     """
 
-    def __init__(self, task: Task, data: Mapping[str, Examples], config: LocalConfig) -> None:
+    def __init__(
+        self,
+        task: Task,
+        data: Mapping[str, Examples],
+        config: LocalConfig,
+        weights: Weights | None = None,
+    ) -> None:
         self.task, self.data, self.config = task, dict(data), config
+        self.weights = weights or TrainableWeights(task)
 
     def train(self, starts: Mapping[str, Vector], number: int) -> dict[str, Vector]:
         return {name: self._train(name, start, number) for name, start in starts.items()}
@@ -101,9 +130,10 @@ class LoopTraining:
     def _train(self, name: str, start: Vector, number: int) -> Vector:
         data, config = self.data[name], self.config
         size = len(data[0])
-        set_weights(self.task, start)
+        self.weights.write(start)
         first = rate_at(0, number, size, config)
-        optimizer = torch.optim.SGD([p for p in self.task.parameters() if p.requires_grad], first)
+        kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind([p for p in self.task.parameters() if p.requires_grad], first)
         update = GradientUpdate(
             self.task,
             optimizer,
@@ -115,7 +145,7 @@ class LoopTraining:
         # Where it diverges, what it has is sent all the same; the server refuses it by its numbers.
         with suppress(UserError):
             Loop(update, batches, options, progress=False).fit()
-        return weights_of(self.task)
+        return self.weights.read()
 
 
 def accuracies(
