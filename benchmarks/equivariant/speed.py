@@ -204,9 +204,9 @@ def potential_case(
         task: PotentialTask = MaceTask(Mace()).to(device)
     else:
         model = PonitaPotential([1, 6, 8], recompute="recompute" in kind, **size)
-        task = (PlainPotential if kind == "plain" else PotentialTask)(model).to(device)
         if kind == "plain":
             plainly(model.network)
+        task = (PlainPotential if kind == "plain" else PotentialTask)(model).to(device)
     if not inference:
         return training(task, batch, potential_task.VECTORS, kind)
     there = {k: v.to(device) for k, v in batch.items()}
