@@ -17,6 +17,7 @@ has not met. The learning rates were chosen by federated averaging, seed 0.
 """
 
 import argparse
+import json
 import sys
 from math import isfinite
 from pathlib import Path
@@ -184,6 +185,13 @@ def main() -> None:
     order = [name_of(cell) for cell in CELLS]
     table.rows = {name: table.rows[name] for name in order if name in table.rows}
     table.facts |= summaries(table.rows)
+    if options.join:
+        # Rows that were computed elsewhere keep the place where they were.
+        part = json.loads(options.join[0].read_text(encoding="utf-8"))
+        table.facts |= {key: part[key] for key in ("device", "torch", "python", "trained_on")}
+        start = f" --first-seed {options.first_seed}" if options.first_seed else ""
+        command = f"python benchmarks/federated/attacks.py --data {data}{start}"
+        table.facts |= {"command": command}
     table.write()
     for title in ("accuracy", "adversaries", "fairness", "passes"):
         print(f"\n{title}")
