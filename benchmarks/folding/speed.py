@@ -48,8 +48,8 @@ def main() -> None:
     options = table.options
     sequences, repeats = (2, 2) if table.quick else (options.sequences, 5)
     if options.shape:
-        model = random_llama(options.shape).to(options.device, getattr(torch, options.type))
-        model.eval()
+        with torch.device(options.device):
+            model = random_llama(options.shape).to(getattr(torch, options.type)).eval()
         ids = torch.randint(model.config.vocab_size, (sequences, options.length))
     else:
         source = load_model(options.model, dtype=options.dtype, device=options.device)
@@ -65,16 +65,16 @@ def main() -> None:
         "length": options.length,
     }
 
+    def once(work) -> float:
+        synchronize(options.device)
+        begun = time.perf_counter()
+        work()
+        synchronize(options.device)
+        return time.perf_counter() - begun
+
     def clock(work) -> float:
         work()
-        seconds = []
-        for _ in range(repeats):
-            synchronize(options.device)
-            begun = time.perf_counter()
-            work()
-            synchronize(options.device)
-            seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds)
+        return statistics.median(once(work) for _ in range(repeats))
 
     def influence() -> dict[str, float]:
         ours = clock(lambda: block_influence(BlockLosses(model, ids)))
@@ -93,9 +93,10 @@ def main() -> None:
         first = greedy(ours, count)[0]
         second = plain_greedy(peer, count)
         assert first == second, (first, second)
-        few = min(repeats, 2)
-        seconds = [clock(lambda: greedy(BlockLosses(model, ids), count)) for _ in range(few)]
-        plain = [clock(lambda: plain_greedy(BlockLosses(model, ids), count)) for _ in range(few)]
+        seconds, plain = [], []
+        for _ in range(2):  # in turns, after the runs above have warmed both up
+            seconds.append(once(lambda: greedy(BlockLosses(model, ids), count)))
+            plain.append(once(lambda: plain_greedy(BlockLosses(model, ids), count)))
         return {"ours": statistics.median(seconds), "peer": statistics.median(plain),
                 "ratio": statistics.median(plain) / statistics.median(seconds),
                 "block_runs": ours.block_runs, "peer_block_runs": peer.block_runs}  # fmt: skip
