@@ -7,7 +7,8 @@ adapted. Every method takes the same steps in one run; a round measures all meth
 what is kept is the median over rounds, so that a slow spell of the machine hits all alike. Step
 time is forward and backward with gradient checkpointing off and on, on a GPU under autocast to
 bfloat16 (PEFT's own methods would else compute in float32). ``deep`` is a step of 64 narrow blocks,
-the ratio to one of 32, and that of the backward pass alone.
+the ratio to one of 32, and that of the backward pass alone. ``mixed`` is a forward pass of a batch
+in which every row has another adapter, with one token a row and with 64.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--users", type=int, default=16, help="adapters in a mixed batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parsed, _ = parser.parse_known_args()
     place = "_gpu" if parsed.device.startswith("cuda") else ""
     table = Table(f"shards_cost{place}", __doc__, parser)
     options = table.options
     if table.quick:
-        options.width, options.blocks, options.rounds = 64, 4, 2
+        options.width, options.blocks, options.rounds, options.users = 64, 4, 2, 4
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # On the GPU enough tokens that it, and not Python, is what takes the time.
@@ -92,7 +95,9 @@ def main() -> None:
         table.row(f"{name}, serving", lambda model=model: serve(base, model, device))
     for name in ("MoS e=2 r=8", "LoRA r=8"):
         table.row(f"{name}, deep", lambda name=name: growth(methods[name], options, device, dtype))
-    for part in ("step", "step with checkpointing", "serving", "deep"):
+    for name in ("MoS e=2 r=8", "LoRA r=8"):
+        table.row(f"{name}, mixed", lambda name=name: mixed(base, methods[name], options.users))
+    for part in ("step", "step with checkpointing", "serving", "deep", "mixed"):
         table.facts[part.replace(" ", "_")] = {
             name.removesuffix(f", {part}"): row
             for name, row in table.rows.items()
@@ -108,6 +113,7 @@ def main() -> None:
             "load_seconds",
             "tokens_per_second",
             "backward_ratio",
+            "milliseconds_1_token",
         ]
     )
 
@@ -220,6 +226,29 @@ def serve(base: LlamaForCausalLM, model: PeftModel, device: torch.device) -> dic
                 model, prompt, new, repeats=2
             ).median
     return figures
+
+
+def mixed(base: LlamaForCausalLM, config: Callable[[], Any], users: int) -> dict[str, Any]:
+    """Milliseconds of a forward pass of as many rows as users."""
+    model = adapted(base, config())
+    names = ["default", *(f"user{number}" for number in range(1, users))]
+    for name in names[1:]:
+        model.add_adapter(name, config())
+    model.eval()
+    keep = getattr(model.base_model, "assembled", nullcontext)
+    found = {}
+    for tokens in (1, 64):
+        ids = torch.randint(0, 256, (users, tokens), device=base.device)
+        times = []
+        with torch.no_grad(), keep():
+            for _ in range(6):
+                wait(base.device)
+                begun = clock(base.device)
+                model(input_ids=ids, adapter_names=names)
+                wait(base.device)
+                times.append(clock(base.device) - begun)
+        found[f"milliseconds_{tokens}_token"] = statistics.median(times[1:]) * 1e3
+    return found
 
 
 def growth(
