@@ -144,7 +144,7 @@ CPU = [(256, 6, 2, 8, 128, "float32"), (256, 6, 6, 8, 128, "float32")]
 GPU = [
     (512, 12, 4, 8, 256, "float32"),
     (1024, 12, 12, 16, 512, "float32"),
-    (1024, 24, 24, 16, 512, "bfloat16"),
+    (1024, 24, 24, 32, 1024, "bfloat16"),
     (2048, 12, 12, 4, 512, "float32"),
     (2048, 12, 4, 16, 512, "bfloat16"),
     (2048, 24, 24, 16, 512, "bfloat16"),
@@ -169,7 +169,7 @@ def steps_table(device, quick):
         }
         if width < 1024:  # factors pay for few tokens only; these are many
             variants["measure, factors"] = lambda s=steps: s.measure(factors=True)
-        found = race(variants, device, 3, BATCHES)
+        found = race(variants, device, 2, BATCHES)
         base = found["training step"]
         where = f"width {width}, {depth} blocks, {group} uses, {batch} x {length} {dtype}"
         for name, (seconds, peak) in found.items():

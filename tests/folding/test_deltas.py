@@ -107,6 +107,11 @@ def test_replanning_keeps_the_parameters_that_stay():
     assert torch.equal(logits(folded), logits(fold(make("llama"), FULL)))
 
 
+def test_replanning_a_model_of_another_class_is_refused():
+    with pytest.raises(UserError, match="does not know as folded"):
+        replan(make("llama"), FULL)
+
+
 def test_a_plan_of_deltas_alone_is_still_a_fold():
     plan = FoldPlan(6, deltas=(Delta("mlp.up_proj.weight", (2,), "low_rank", 1),))
     model = make("llama")

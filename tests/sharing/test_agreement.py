@@ -18,6 +18,7 @@ from weightshare.sharing import (
     user_gradients,
 )
 from weightshare.sharing.ghost import Factors
+from weightshare.sharing.products import inner_products
 
 
 def observed(gram, rows):
@@ -335,3 +336,15 @@ def test_the_updates_of_clients_are_users_too():
     gram = Gram(steps).update(by_tensor(steps))
     assert gram.select(["w"]).cosine()[0, 1] == -1
     assert gram.select(["b"]).cosine()[0, 1].isnan()
+
+
+@pytest.mark.parametrize("size", [5, 20_000, 3 * 2**13 + 7])
+@pytest.mark.parametrize("entries", [2**23, 2**14])
+def test_products_of_any_size_are_those_of_all_rows(size, entries, monkeypatch):
+    monkeypatch.setattr("weightshare.sharing.products.ENTRIES", entries)
+    rows = {name: list(vectors(5, size, seed=seed)) for seed, name in enumerate("ab")}
+    rows["c"] = [None, *vectors(4, size, seed=2)]
+    found = inner_products(rows, 3)
+    for name, each in rows.items():
+        dense = torch.stack([torch.zeros(size).double() if row is None else row for row in each])
+        assert torch.allclose(found[name], dense @ dense[-3:].T, rtol=1e-10, atol=1e-9)

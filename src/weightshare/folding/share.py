@@ -102,9 +102,19 @@ def replan(
         seed: of the random ones.
 
     Raises:
-        UserError: the plan has a delta that the model has no parameter for.
+        UserError: the plan has a delta that the model has no parameter for, or the model is not
+            one of this library's.
     """
+    if not isinstance(model, FoldedModelMixin):
+        raise UserError(
+            f"The model is a {type(model).__name__} that weightshare does not know as folded; load "
+            "it after importing weightshare.folding.modeling_folded, without trust_remote_code."
+        )
     check_targets(model, plan)
+    return _replanned(model, plan, rows or {}, seed)
+
+
+def _replanned(model: Any, plan: FoldPlan, rows: Mapping[Delta, Tensor], seed: int) -> Any:
     known = {name for name, m in model.named_modules() if isinstance(m, DeltaLinear)}
     model.config.fold_plan = plan.to_dict()
     model._block_ties = None
@@ -113,7 +123,7 @@ def replan(
     for delta in plan.deltas:
         places = delta_modules(model.config.fold_plan, asdict(delta))
         if places and not known & set(places):
-            start(model.get_submodule(places[0]), (rows or {}).get(delta), generator)
+            start(model.get_submodule(places[0]), rows.get(delta), generator)
             for place in places[1:] if delta.kind == "scale" else ():
                 # Its parameters are tied below, its buffer is not.
                 unit = model.get_submodule(places[0]).delta_unit

@@ -12,6 +12,7 @@ Rows = Sequence[Kept | None]
 
 ENTRIES = 2**23
 """Entries that exist in double precision at a time: 64 MB."""
+SEGMENT = 2**13
 
 
 def inner_products(rows: Mapping[str, Rows], new: int) -> dict[str, Tensor]:
@@ -47,13 +48,27 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _batched(rows: Sequence[Sequence[Tensor]], new: int) -> Tensor:
     """``(tensors, rows, new)``, without a double copy of whole gradients."""
     tensors, count, size = len(rows), len(rows[0]), rows[0][0].numel()
-    flat = [row.reshape(-1) for each in rows for row in each]
-    values = torch.zeros(tensors, count, new, dtype=torch.float64, device=flat[0].device)
-    step = max(1, ENTRIES // len(flat))
-    for start in range(0, size, step):
-        part = flat if size <= step else [row[start : start + step] for row in flat]
-        wide = torch.stack(part).double().view(tensors, count, -1)
-        values.baddbmm_(wide, wide[:, count - new :].mT)
+    if size > 2 * SEGMENT:
+        return torch.stack([_long([row.reshape(-1) for row in each], new) for each in rows])
+    flat = torch.stack([row.reshape(-1) for each in rows for row in each])
+    wide = flat.double().view(tensors, count, size)
+    return wide @ wide[:, count - new :].mT
+
+
+def _long(rows: Sequence[Tensor], new: int) -> Tensor:
+    """``(rows, new)`` of one large tensor: a sum over segments, which run side by side.
+
+    A product of a few rows of many million entries would run on one processor of a GPU.
+    """
+    values = torch.zeros(len(rows), new, dtype=torch.float64, device=rows[0].device)
+    step = max(1, ENTRIES // len(rows) // SEGMENT) * SEGMENT
+    for start in range(0, len(rows[0]), step):
+        wide = torch.stack([row[start : start + step] for row in rows]).double()
+        whole = wide.shape[1] // SEGMENT * SEGMENT
+        parts = wide[:, :whole].view(len(rows), -1, SEGMENT).transpose(0, 1)
+        values += (parts @ parts[:, len(rows) - new :].mT).sum(0)
+        if whole < wide.shape[1]:
+            values += wide[:, whole:] @ wide[len(rows) - new :, whole:].T
     return values
 
 
