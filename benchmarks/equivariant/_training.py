@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from weightshare.equivariant import RotatedUpdate
-from weightshare.training import Captured, EpochBatches, Loop, LoopConfig, Task
+from weightshare.training import (
+    Captured,
+    EpochBatches,
+    Loop,
+    LoopConfig,
+    Task,
+    keep_freed_memory,
+)
 
 TRIAL = 60
 """Steps on a GPU that tell how long one takes."""
@@ -29,6 +36,7 @@ def fit(
     ``options`` go to ``LoopConfig``, ``update`` to ``RotatedUpdate``. Without ``epochs`` the trial
     that measures a step counts as training time, and what it changes is undone.
     """
+    keep_freed_memory()
     epoch = max(batches.size // batches.batch_size, 1)
     steps, begun = epochs * epoch, time.monotonic()
 

@@ -40,7 +40,7 @@ from weightshare.equivariant import Ponita as Network
 from weightshare.equivariant.augment import turned
 from weightshare.equivariant.basis import KernelBasis
 from weightshare.equivariant.pairs import full_edges
-from weightshare.training import Captured, LoopConfig, total
+from weightshare.training import Captured, LoopConfig, keep_freed_memory, total
 
 PUBLISHED = {"hidden": 128, "basis": 256, "layers": 5}
 SMALL = {"hidden": 32, "basis": 32, "layers": 2}
@@ -266,6 +266,7 @@ def main() -> None:
     table = Table("equivariant_speed", __doc__, parser)
     quick, device = table.quick, table.options.device
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     size = SMALL if quick else PUBLISHED
     many, kinds = 5 if quick else 50, ["plain", "dense"]
     if device.startswith("cuda"):

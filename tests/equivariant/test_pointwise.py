@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from weightshare.equivariant.basis import monomials
-from weightshare.equivariant.pointwise import Gelu, LayerNorm
+from weightshare.equivariant.pointwise import Gelu, LayerNorm, contiguous
 
 
 def derivatives(function, x, *weights):
@@ -60,3 +60,11 @@ def test_first_second_and_third_derivatives_are_those_of_the_value():
             return torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)[0]
 
         assert gradgradcheck(slope, x)
+
+
+def test_contiguous_puts_value_and_gradient_in_order():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert contiguous(x.T).is_contiguous() and gradgradcheck(lambda x: contiguous(x.T) ** 3, x)
+    y = x.T.contiguous().requires_grad_()
+    (slope,) = torch.autograd.grad(contiguous(y), y, torch.ones(3, 4, dtype=torch.float64).T)
+    assert slope.is_contiguous()

@@ -49,7 +49,10 @@ def train(
         Loop,
         LoopConfig,
         Update,
+        keep_freed_memory,
     )
+
+    keep_freed_memory()
 
     frames = isinstance(data, Frames)
     count = len(data) if frames else len(data[vectors[0]])

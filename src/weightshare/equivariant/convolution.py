@@ -18,7 +18,7 @@ from weightshare.equivariant.invariants import (
     window,
 )
 from weightshare.equivariant.pairs import Pairs
-from weightshare.equivariant.pointwise import Gelu, LayerNorm
+from weightshare.equivariant.pointwise import Gelu, LayerNorm, contiguous
 from weightshare.equivariant.recomputed import recomputed
 
 PAIRS_AT_ONCE = 8192
@@ -203,10 +203,10 @@ class SeparableConv(nn.Module):
             return field
         kernel = self.fibre(kernels.fibre) * kernels.weights[:, None, None]
         # One matrix product per channel, on contiguous copies: einsum on the strided layout is
-        # several times slower on a CPU.
-        by_channel = field.flatten(0, -3).permute(2, 0, 1).contiguous()
+        # several times slower on a CPU, and so is what comes before and after in either pass.
+        by_channel = contiguous(field.flatten(0, -3)).permute(2, 0, 1).contiguous()
         found = torch.bmm(by_channel, kernel.permute(2, 0, 1).contiguous())
-        return found.permute(1, 2, 0).reshape(field.shape)
+        return contiguous(found.permute(1, 2, 0)).view(field.shape)
 
     def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
         return self.over_sphere(self.over_space(field, kernels), kernels) + self.bias

@@ -36,6 +36,22 @@ class LayerNorm(nn.LayerNorm):
         return found
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """``x`` in memory order, and its gradient, too."""
+    found: Tensor = _Contiguous.apply(x)
+    return found
+
+
+class _Contiguous(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x) if x.is_contiguous() else x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return contiguous(grad)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from weightshare._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "allocation": ["keep_freed_memory"],
         "batches": ["Batches", "EpochBatches", "Zipped"],
         "captured": ["Captured"],
         "checkpoint": [],
