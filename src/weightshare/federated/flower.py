@@ -56,3 +56,10 @@ def node_info(node_id: int, public_key: bytes) -> Any:
 def empty_run(run_id: int = 1) -> Any:
     """What a grid must be able to show as its run."""
     return Run.create_empty(run_id)
+
+
+def is_simulated(grid: Any) -> bool:
+    """Whether the grid is that of Flower's simulation, in this process."""
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid)

@@ -16,7 +16,18 @@ Answer = Callable[[Sequence[tuple[str, Message]]], Iterable[tuple[str, Reply]]]
 """What participants do with the messages of a round: (name, message) in, (name, reply) out."""
 
 
-class InProcessGrid(Grid):
+class WithoutNetwork(Grid):
+    """A grid whose nodes nobody else can reach: it names them itself, and they need no keys."""
+
+    names: list[str]
+
+    @property
+    def roster(self) -> Roster:
+        """A key for each name."""
+        return Roster.of_keys({name: key_of(name) for name in self.names})
+
+
+class InProcessGrid(WithoutNetwork):
     """Every message goes through its protobuf bytes both ways, as it would on a network.
 
     Like a SuperLink, the grid sets message ids itself and drops a reply whose source, addressee,
@@ -38,11 +49,6 @@ class InProcessGrid(Grid):
         self._ids = {name: _node_id(name) for name in self.names}
         self._replies: dict[str, Message] = {}
         self._count = 0
-
-    @property
-    def roster(self) -> Roster:
-        """The nodes of this grid, which need no other authentication."""
-        return Roster.of_keys({name: _key(name) for name in self.names})
 
     def set_run(self, run: Any) -> None:
         self._run = run
@@ -66,7 +72,7 @@ class InProcessGrid(Grid):
 
     def get_nodes(self) -> Iterable[Any]:
         return [
-            flower.node_info(self._ids[name], _key(name))
+            flower.node_info(self._ids[name], key_of(name))
             for name in self.names
             if name not in self.offline
         ]
@@ -148,7 +154,8 @@ def each_app(apps: Mapping[str, ClientApp]) -> Answer:
     return answer
 
 
-def _key(name: str) -> bytes:
+def key_of(name: str) -> bytes:
+    """The key that stands for a name where there is no network."""
     return b"in process: " + name.encode()
 
 

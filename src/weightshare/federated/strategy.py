@@ -16,7 +16,7 @@ from weightshare.errors import UserError
 from weightshare.federated import flower, wire
 from weightshare.federated.audit_log import AuditLog
 from weightshare.federated.config import ReputationConfig
-from weightshare.federated.grid import InProcessGrid
+from weightshare.federated.grid import WithoutNetwork
 from weightshare.federated.reputation import Assessment, assess
 from weightshare.federated.rewards import Rewards
 from weightshare.federated.roster import Roster
@@ -127,7 +127,7 @@ class ReputationStrategy(Strategy):
     ) -> Iterable[Message]:
         """One message per live participant that is online."""
         if self.roster is None:
-            if not isinstance(grid, InProcessGrid):
+            if not isinstance(grid, WithoutNetwork):
                 raise UserError(
                     "Outside the in-process grid a federation needs a roster, or anyone could take "
                     "part; give ReputationStrategy a Roster of the participants' keys."
