@@ -152,7 +152,6 @@ GPU = [
 
 
 def steps_table(device, quick):
-    rows = []
     for size in QUICK if quick else GPU if device.type == "cuda" else CPU:
         width, depth, group, batch, length, dtype = size
         torch.manual_seed(0)
@@ -173,22 +172,18 @@ def steps_table(device, quick):
         base = found["training step"]
         where = f"width {width}, {depth} blocks, {group} uses, {batch} x {length} {dtype}"
         for name, (seconds, peak) in found.items():
-            rows.append(
-                {
-                    "step": f"{where}: {name}",
-                    "ms": round(1e3 * seconds, 1),
-                    "time_ratio": round(seconds / base[0], 2),
-                    "peak_MB": peak and round(peak / 1e6),
-                    "memory_ratio": peak and round(peak / base[1], 2),
-                }
-            )
+            yield {
+                "step": f"{where}: {name}",
+                "ms": round(1e3 * seconds, 1),
+                "time_ratio": round(seconds / base[0], 2),
+                "peak_MB": peak and round(peak / 1e6),
+                "memory_ratio": peak and round(peak / base[1], 2),
+            }
         del model, steps, variants
-    return rows
 
 
 def torchjd_table(device, quick):
     """K losses (one per sequence) on a net that shares nothing: the same Gram matrix, two ways."""
-    rows = []
     tasks = 4 if quick else 8
     torch.manual_seed(0)
     width = 64 if quick else 512 if device.type == "cpu" else 2048
@@ -229,14 +224,11 @@ def torchjd_table(device, quick):
             assert error < 1e-3, error
             variants[name] = theirs
     for name, (seconds, peak) in race(variants, device, 5 if quick else 20).items():
-        rows.append(
-            {
-                "Gram_matrix_by": f"{tasks} losses: {name}",
-                "ms": round(1e3 * seconds, 2),
-                "peak_MB": peak and round(peak / 1e6),
-            }
-        )
-    return rows
+        yield {
+            "Gram_matrix_by": f"{tasks} losses: {name}",
+            "ms": round(1e3 * seconds, 2),
+            "peak_MB": peak and round(peak / 1e6),
+        }
 
 
 def sketch_table(device, quick):
@@ -247,7 +239,6 @@ def sketch_table(device, quick):
     ids = torch.randint(4096, (4, 64), device=device)
     with per_use(model, shared_names(model)) as uses:
         found = uses.gradients(loss_of(model, ids))
-    rows = []
     for size in (64, 256, 1024, 4096, 16384):
         errors, expected = [], []
         for seed in range(3 if quick else 10):
@@ -260,13 +251,12 @@ def sketch_table(device, quick):
                 expected += (1 - exact[upper].square()).tolist()
         rms = math.sqrt(statistics.fmean(e * e for e in errors))
         theory = math.sqrt(statistics.fmean(e * e for e in expected)) / math.sqrt(size)
-        rows.append({"size": size, "rms_error": round(rms, 4), "(1-c²)/√size": round(theory, 4)})
-    return rows
+        yield {"size": size, "rms_error": round(rms, 4), "(1-c²)/√size": round(theory, 4)}
 
 
 def users_table(device, quick):
     """A loop that runs more and more often: the same weights, more users."""
-    width, rows = 64 if quick else 512, []
+    width = 64 if quick else 512
     ids = torch.randint(4096, (2, 64), device=device)
     for users in (2, 4, 8, 16) if quick else (2, 4, 8, 16, 32):
         torch.manual_seed(0)
@@ -281,8 +271,7 @@ def users_table(device, quick):
         row = {"users": users}
         for name, (seconds, peak) in race(variants, device, 3, BATCHES).items():
             row |= {f"{name}_ms": round(1e3 * seconds, 1), f"{name}_MB": peak and round(peak / 1e6)}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main() -> None:
@@ -311,9 +300,11 @@ def main() -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     for key, (title, table) in tables.items():
-        result[key] = table(device, options.quick)
+        result[key] = []
+        for row in table(device, options.quick):
+            result[key].append(row)
+            file.write_text(json.dumps(result, indent=1) + "\n")
         show_table(title, result[key])
-        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
