@@ -14,7 +14,7 @@ from weightshare.federated import ReputationConfig, Standing, assess
 from weightshare.federated.copies import copies_among
 from weightshare.federated.reputation import smooth, trajectory
 from weightshare.federated.standing import admit, missed
-from weightshare.federated.vectors import BLOCK, products, squared_norm, weighted_sum
+from weightshare.federated.vectors import BLOCK, combined, products, squared_norm, weighted_sum
 
 
 def vectors(count, size=300, seed=0, agreement=0.7):
@@ -359,3 +359,29 @@ def test_a_norm_is_not_finite_exactly_where_the_vector_is_not(bad):
 def test_rules_out_of_range_are_refused(field):
     with pytest.raises(UserError, match=field):
         ReputationConfig(**{field: -1})
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [50, 3 * BLOCK + 17])
+def test_blocks_and_one_dense_product_on_any_device_agree(device, size):
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    updates = vectors(8, size) | {f"x{i}": -row for i, row in enumerate(vectors(2, size).values())}
+    config = ReputationConfig(patience=0)
+    after, judged = run(updates, config)
+    names = sorted(updates)
+    matrix = torch.from_numpy(np.stack([updates[n] for n in names])).to(device, torch.float64)
+    clipped = matrix * (config.norm / matrix.norm(dim=1, keepdim=True)).clamp(max=1)
+    aggregate = clipped.mean(0)
+    cosines = clipped @ aggregate / (clipped.norm(dim=1) * aggregate.norm())
+    found = np.array([judged.cosines[n] for n in names])
+    np.testing.assert_allclose(found, cosines.cpu().numpy(), atol=1e-5)
+    np.testing.assert_allclose(judged.aggregate, aggregate.cpu().numpy(), atol=1e-6)
+    shares = cosines.clamp(min=0) / cosines.clamp(min=0).sum()
+    assert after.live == [n for n, r in zip(names, shares, strict=True) if r >= 1 / 30]
+    assert not {"x0", "x1"} & set(after.live)
+    rows, weights = [updates[n] for n in names], [judged.weights[n] * 0.5 for n in names]
+    total, inner = combined(rows, weights)
+    assert total.tobytes() == weighted_sum(rows, weights).tobytes()
+    np.testing.assert_array_equal(inner, products(rows, total))
