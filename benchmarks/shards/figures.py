@@ -15,12 +15,13 @@ from weightshare.report import figures
 
 ROOT = Path(__file__).parents[2]
 RESULTS, IMAGES = ROOT / "benchmarks/results", ROOT / "docs/images"
+SIZE = (6.6, 3.6)
 SHOWN = {
     "LoRA": "LoRA",
     "pure sharing": "pure sharing",
-    "subset, dissociated": "subsets of whole vectors",
-    "+ private rank": "with a private rank",
-    "4 shards": "four shards a vector",
+    "subset, dissociated": "whole vectors",
+    "+ private rank": "with private",
+    "4 shards": "four shards",
 }
 
 
@@ -43,7 +44,7 @@ def mechanism() -> Figure:
             [mean + h for mean, h in zip(y, half, strict=True)],
         )
     title = "share of their spaces that the layers have in common"
-    return figures.lines(series, x=title, y="relative squared error", bands=bands)
+    return figures.lines(series, x=title, y="relative squared error", bands=bands, size=SIZE)
 
 
 def budgets() -> Figure:
@@ -64,7 +65,9 @@ def budgets() -> Figure:
             [row["loss"] - row["half_width"] for row in rows],
             [row["loss"] + row["half_width"] for row in rows],
         )
-    return figures.lines(series, x="trained parameters", y="nats per byte", bands=bands, log_x=True)
+    return figures.lines(
+        series, x="trained parameters", y="nats per byte", bands=bands, log_x=True, size=SIZE
+    )
 
 
 def read(name: str) -> dict:
@@ -72,7 +75,8 @@ def read(name: str) -> dict:
 
 
 def draw(name: str, figure: Figure) -> None:
-    (IMAGES / f"{name}.svg").write_text(figures.svg(figure), encoding="utf-8")
+    # On white: a transparent picture would be black on black on a dark page.
+    figure.savefig(IMAGES / f"{name}.png", dpi=110, facecolor="white", metadata={"Software": None})
 
 
 if __name__ == "__main__":
