@@ -1,86 +1,148 @@
-"""Training one row of a table: for a number of epochs, or as many steps as fit into a time."""
+"""Training the rows of a table: for a number of epochs, or as many steps as fit into a time.
+
+Several rows can be trained together, a CUDA graph each on a stream of its own: single steps of
+these networks are many small kernels, which leave most of a GPU idle.
+"""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weightshare.equivariant import RotatedUpdate
 from weightshare.training import (
     Captured,
     EpochBatches,
-    Loop,
     LoopConfig,
     Task,
     keep_freed_memory,
+    reseed,
+    same_streams_after,
 )
 
 TRIAL = 60
 """Steps on a GPU that tell how long one takes."""
 
 
-def fit(
-    task: Task,
-    batches: EpochBatches,
-    *,
-    seconds: float,
-    epochs: int,
-    update: Mapping[str, Any],
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
-    evaluations: int = 40,
-    **options: Any,
-) -> dict[str, float]:
-    """Train ``task`` with rotated examples, captured where there is a GPU; what it took.
+@dataclass
+class Row:
+    """One network to train; ``config`` without the number of steps."""
 
-    ``options`` go to ``LoopConfig``, ``update`` to ``RotatedUpdate``. Without ``epochs`` the trial
-    that measures a step counts as training time, and what it changes is undone.
+    task: Task
+    batches: EpochBatches
+    update: Mapping[str, Any]
+    config: dict[str, Any]
+    evaluate: Callable[[], float] | None = None
+    """Watched error: the weights with the lowest are kept; without, the averaged last ones."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    lowest: float = float("inf")
+
+
+def fit(
+    rows: Sequence[Row], seconds: float, epochs: int, evaluations: int = 40
+) -> list[dict[str, float]]:
+    """Train all rows together, each as ``training.Loop`` would; what it took.
+
+    Without ``epochs``, the trial that measures a step counts as training time, and what it changes
+    is undone.
     """
     keep_freed_memory()
-    epoch = max(batches.size // batches.batch_size, 1)
-    steps, begun = epochs * epoch, time.monotonic()
-
-    def build(steps: int) -> tuple[Captured, LoopConfig]:
-        config = LoopConfig(steps=steps, checkpoint_every=0, log_every=500, **options)
-        config.evaluate_every = max(steps // evaluations, 1) if evaluate else 0
-        return Captured(RotatedUpdate.from_config(task, config, **update)), config
-
+    epoch = max(rows[0].batches.size // rows[0].batches.batch_size, 1)
+    begun, steps = time.monotonic(), epochs * epoch
     if not epochs:
-        kept = {k: v.clone() for k, v in task.state_dict().items()}
-        each = step_seconds(build(1000)[0], batches)
-        task.load_state_dict(kept)
+        kept = [{k: v.clone() for k, v in row.task.state_dict().items()} for row in rows]
+        each = trial(rows)
+        for row, state in zip(rows, kept, strict=True):
+            row.task.load_state_dict(state)
         room = seconds - (time.monotonic() - begun)
-        if evaluate is not None:
-            trial = time.monotonic()
-            evaluate()
-            room -= (evaluations + 1) * (time.monotonic() - trial)
+        for row in rows:
+            if row.evaluate is not None:
+                start = time.monotonic()
+                row.evaluate()
+                room -= (evaluations + 1) * (time.monotonic() - start)
         steps = max(int(0.97 * room / each), 20)
-    change, config = build(steps)
     processor = time.process_time()
-    Loop(change, batches, config, evaluate=evaluate, progress=False).fit()
-    if change.device.type == "cuda":
-        torch.cuda.synchronize()
+    train(rows, steps, max(steps // evaluations, 1))
     taken = time.monotonic() - begun
-    return {
-        "parameters": sum(p.numel() for p in task.parameters()),
-        "steps": steps,
-        "epochs": steps / epoch,
-        "seconds": taken,
-        "processor_seconds": time.process_time() - processor,
-        "ms_per_step": 1000 * taken / steps,
-    }
+    return [
+        {
+            "parameters": sum(p.numel() for p in row.task.parameters()),
+            "steps": steps,
+            "epochs": steps / epoch,
+            "trained_together": len(rows),
+            "seconds": taken,
+            "processor_seconds": time.process_time() - processor,
+            "ms_per_step": 1000 * taken / steps,
+        }
+        for row in rows
+    ]
 
 
-def step_seconds(update: Captured, batches: EpochBatches) -> float:
-    """Time of a step once it is captured, steps queued one behind another as the loop does."""
-    cuda = update.device.type == "cuda"
-    for step in range(6 if cuda else 1):
-        update.apply(update.prepare(batches[step], step))
-    if cuda:
+def train(rows: Sequence[Row], steps: int, every: int) -> None:
+    """Step by step, one row after another on its own stream."""
+    updates, streams = zip(*(start(row, steps) for row in rows), strict=True)
+    with same_streams_after():
+        for step in range(steps):
+            for row, update, stream in zip(rows, updates, streams, strict=True):
+                reseed(row.config["seed"], step)
+                with stream():
+                    update.apply(update.prepare(row.batches[step], step))
+            if (step + 1) % every == 0 or step + 1 == steps:
+                for row, update in zip(rows, updates, strict=True):
+                    if row.evaluate is not None:
+                        wait(update)
+                        watch(row, update)
+    for row, update in zip(rows, updates, strict=True):
+        wait(update)
+        if row.best:
+            row.task.load_state_dict(row.best)
+        else:
+            update.keep_average()
+
+
+def start(row: Row, steps: int) -> tuple[Captured, Callable[[], Any]]:
+    """A fresh update, and the context its steps run in."""
+    config = LoopConfig(steps=steps, **row.config)
+    update = Captured(RotatedUpdate.from_config(row.task, config, **row.update))
+    if update.device.type != "cuda":
+        return update, nullcontext
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return update, lambda: torch.cuda.stream(stream)
+
+
+def watch(row: Row, update: Captured) -> None:
+    """Keep the averaged weights where they are the best so far."""
+    assert row.evaluate is not None
+    with update.averaged():
+        error = row.evaluate()
+        if error < row.lowest:
+            row.lowest = error
+            row.best = {k: v.clone() for k, v in row.task.state_dict().items()}
+        wait(update)
+
+
+def wait(update: Captured) -> None:
+    if update.device.type == "cuda":
         torch.cuda.synchronize()
-    begun, count = time.perf_counter(), TRIAL if cuda else 5
-    for step in range(count):
-        update.apply(update.prepare(batches[step], step))
-    if cuda:
-        torch.cuda.synchronize()
+
+
+def trial(rows: Sequence[Row]) -> float:
+    """Seconds of a step of all rows, steps queued one behind another."""
+    cuda = next(rows[0].task.parameters()).is_cuda
+    updates, streams = zip(*(start(row, 1000) for row in rows), strict=True)
+    warm, count = (6, TRIAL) if cuda else (1, 5)
+    begun = 0.0
+    for step in range(warm + count):
+        if step == warm:
+            wait(updates[0])
+            begun = time.perf_counter()
+        for row, update, stream in zip(rows, updates, streams, strict=True):
+            with stream():
+                update.apply(update.prepare(row.batches[step], step))
+    wait(updates[0])
     return (time.perf_counter() - begun) / count

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _training import fit
+from _training import Row, fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table
@@ -50,12 +50,7 @@ def test(task: PotentialTask, data: dict[str, torch.Tensor], device: str) -> dic
     }  # fmt: skip
 
 
-def train(name: str, seed: int, budget: float, options: argparse.Namespace) -> dict:
-    path, device = options.data, options.device
-    data = stack_molecules(read_structures(path))
-    with np.load(path, allow_pickle=False) as file:
-        rows = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
-    sets = {part: {k: v[index] for k, v in data.items()} for part, index in rows.items()}
+def build(name: str, seed: int, sets: dict, options: argparse.Namespace) -> Row:
     torch.manual_seed(seed)
     size: dict = {"hidden": 16, "basis": 16, "layers": 2} if options.quick else {}
     if "small" in name:
@@ -64,29 +59,33 @@ def train(name: str, seed: int, budget: float, options: argparse.Namespace) -> d
         size["orientations"] = 0
     if "reference" in name:
         size["invariants"] = "reference"
-    scale = float(sets["train"]["forces"].square().mean().sqrt())
-    potential = PonitaPotential(data["numbers"].unique().tolist(), scale=scale, **size)
-    potential.fit_references(
-        potential.compositions(sets["train"]["numbers"]), sets["train"]["energy"]
-    )
-    task = PotentialTask(potential).to(device)
-    batches = EpochBatches(sets["train"], 10, seed)
-    first = {k: v.to(device) for k, v in batches[0].items()}
+    train = sets["train"]
+    scale = float(train["forces"].square().mean().sqrt())
+    potential = PonitaPotential(train["numbers"].unique().tolist(), scale=scale, **size)
+    potential.fit_references(potential.compositions(train["numbers"]), train["energy"])
+    task = PotentialTask(potential).to(options.device)
+    batches = EpochBatches(train, 10, seed)
+    first = {k: v.to(options.device) for k, v in batches[0].items()}
     potential.calibrate_(first["numbers"], first["positions"])
-    found = fit(
-        task, batches, seconds=budget, epochs=options.epochs, update={"vectors": VECTORS},
-        learning_rate=3e-3 if "small" in name else options.rate, weight_decay=1e-16, clip=0.5,
-        ema_decay=0.99 if "small" in name else options.average, warmup_fraction=0.02, seed=seed,
-    )  # fmt: skip
+    config = {
+        "learning_rate": 3e-3 if "small" in name else options.rate, "weight_decay": 1e-16,
+        "clip": 0.5, "ema_decay": options.average, "warmup_fraction": 0.02, "seed": seed,
+    }  # fmt: skip
+    return Row(task, batches, {"vectors": VECTORS}, config)
+
+
+def evaluate(name: str, seed: int, row: Row, sets: dict, options: argparse.Namespace) -> dict:
+    potential = row.task.potential
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
         potential.save(options.keep / f"ethanol-{name}-{seed}.safetensors")
-    found |= test(task, sets["test"], device)
+    found = test(row.task, sets["test"], options.device)
     plain = potential.network
     for rotations in ROTATIONS if "pnita" not in name else ():
         potential.network = symmetrise(plain, rotations)
-        averaged = test(task, sets["test"], device)
+        averaged = test(row.task, sets["test"], options.device)
         found |= {f"rotated_{rotations}_{key}": value for key, value in averaged.items()}
+    potential.network = plain
     return found
 
 
@@ -98,6 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, default=170, help="training time of a row")
     parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
+    parser.add_argument("--together", action="store_true", help="train all rows at once")
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--average", type=float, default=0.99, help="decay of averaged weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,10 +106,19 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     options.data = options.data or str(locate("ethanol_ccsdt_1000"))
     seconds = 15 if table.quick else options.seconds
-    for seed in map(int, options.seeds.split(",")):
-        for name in options.networks.split(","):
-            budget = min(seconds, table.end - time.monotonic())
-            table.row(f"{name}, seed {seed}", functools.partial(train, name, seed, budget, options))
+    data = stack_molecules(read_structures(options.data))
+    with np.load(options.data, allow_pickle=False) as file:
+        parts = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
+    sets = {part: {k: v[index] for k, v in data.items()} for part, index in parts.items()}
+    names = options.networks.split(",")
+    wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
+    wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
+    for group in [wanted] if options.together else [[pair] for pair in wanted]:
+        rows = [build(*pair, sets, options) for pair in group]
+        took = fit(rows, min(seconds, table.end - time.monotonic()), options.epochs)
+        for pair, row, about in zip(group, rows, took, strict=True):
+            figures = functools.partial(evaluate, *pair, row, sets, options)
+            table.row("{}, seed {}".format(*pair), lambda f=figures, a=about: {**a, **f()})
     table.show(
         ["epochs", "seconds", "energy_mae_mev", "force_mae_mev_a", "rotated_5_energy_mae_mev",
          "rotated_5_force_mae_mev_a"]

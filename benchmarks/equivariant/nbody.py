@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _egnn import Egnn
-from _training import fit
+from _training import Row, fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table
@@ -72,9 +72,7 @@ def network(kind: str, changes: list[str]) -> torch.nn.Module:
     return Ponita(1, 1, vectors_out=1, layer_scale=1e-6, level="node", **size)
 
 
-def train(
-    name: str, seed: int, budget: float, sets: dict[str, NBody], options: argparse.Namespace
-) -> dict:
+def build(name: str, seed: int, sets: dict[str, NBody], options: argparse.Namespace) -> Row:
     kind, *changes = name.split("+")
     torch.manual_seed(seed)
     horizon = sets["train"].time if "momentum" in changes else None
@@ -86,25 +84,37 @@ def train(
             first["start"], first["charges"].unsqueeze(-1), first["velocity"].unsqueeze(-2)
         )
     small = kind.endswith("small")
-    found = fit(
-        task, batches, seconds=budget, epochs=options.epochs,
-        update={"vectors": VECTORS, "signs": ("charges",) if "signs" in changes else ()},
-        evaluate=lambda: {"mse": float(sample_errors(task, sets["valid"]).mean())},
-        evaluations=10 if small else 40, watch="mse", keep_best=True, clip=0.5, seed=seed,
-        learning_rate=3e-3 if small else 1e-3, weight_decay=0.1 if "decay" in changes else 1e-10,
-        ema_decay=None if "unaveraged" in changes else 0.99 if small else 0.999,
-        warmup_fraction=0.03 if small else 0.01,
+    return Row(
+        task,
+        batches,
+        {"vectors": VECTORS, "signs": ("charges",) if "signs" in changes else ()},
+        {
+            "learning_rate": 3e-3 if small else 1e-3, "clip": 0.5, "seed": seed,
+            "weight_decay": 0.1 if "decay" in changes else 1e-10,
+            "ema_decay": None if "unaveraged" in changes else 0.99 if small else 0.999,
+            "warmup_fraction": 0.03 if small else 0.01,
+        },
+        lambda: float(sample_errors(task, sets["valid"]).mean()),
     )  # fmt: skip
+
+
+def test(
+    name: str, seed: int, row: Row, sets: dict[str, NBody], options: argparse.Namespace
+) -> dict[str, float]:
+    task = row.task
     errors = {part: sample_errors(task, sets[part]) for part in ("train", "valid", "test")}
-    found |= {f"{part}_mse": float(e.mean()) for part, e in errors.items()}
+    found = {f"{part}_mse": float(e.mean()) for part, e in errors.items()}
     found["test_standard_error"] = float(errors["test"].std() / len(errors["test"]) ** 0.5)
+    kept = {"": errors["test"]}
+    if name.startswith("ponita"):
+        turned = DynamicsTask(symmetrise(task.network, ROTATIONS), task.horizon)
+        kept["+rotated"] = sample_errors(turned, sets["test"])
+        found[f"rotated_{ROTATIONS}_test_mse"] = float(kept["+rotated"].mean())
     if options.errors is not None:
         options.errors.mkdir(parents=True, exist_ok=True)
-        np.save(options.errors / f"{name},{seed}.npy", errors["test"].astype(np.float32))
-    if kind.startswith("ponita"):
-        turned = DynamicsTask(symmetrise(task.network, ROTATIONS), horizon)
-        averaged = sample_errors(turned, sets["test"])
-        found[f"rotated_{ROTATIONS}_test_mse"] = float(averaged.mean())
+        for suffix, values in kept.items():
+            file = options.errors / f"{name}{suffix},{seed}.npy"
+            np.save(file, values.astype(np.float32))
     return found
 
 
@@ -136,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, default=180, help="training time of a row")
     parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
+    parser.add_argument("--together", action="store_true", help="train all rows at once")
     parser.add_argument("--errors", type=Path, help="folder for the error of every trajectory")
     parser.add_argument("--compare", action="store_true", help="networks by what --errors holds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,11 +164,16 @@ def main() -> None:
     fitted = constant_velocity(sets["train"], sets["test"])
     table.row("constant velocity", lambda: {"test_mse": fitted})
     seconds = 8 if table.quick else options.seconds
-    for seed in map(int, options.seeds.split(",")):
-        for name in names:
-            budget = min(seconds, table.end - time.monotonic())
-            row = functools.partial(train, name, seed, budget, sets, options)
-            table.row(f"{name}, seed {seed}", row)
+    wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
+    wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
+    for group in [wanted] if options.together else [[pair] for pair in wanted]:
+        rows = [build(*pair, sets, options) for pair in group]
+        budget = min(seconds, table.end - time.monotonic())
+        few = all(name.startswith("ponita-small") for name, _ in group)
+        took = fit(rows, budget, options.epochs, evaluations=10 if few else 40)
+        for pair, row, about in zip(group, rows, took, strict=True):
+            figures = functools.partial(test, *pair, row, sets, options)
+            table.row("{}, seed {}".format(*pair), lambda f=figures, a=about: {**a, **f()})
     table.show(["epochs", "processor_seconds", "valid_mse", "test_mse", "test_standard_error"])
 
 
