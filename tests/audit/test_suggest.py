@@ -78,7 +78,8 @@ def converged(model, batches, steps=300, rate=0.1):
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= rate * gradient
-    return float(sum(model(b) for b in batches) / len(batches))
+    with torch.no_grad():
+        return float(sum(model(b) for b in batches) / len(batches))
 
 
 @pytest.mark.parametrize("curvature", [0.5, 4.0])
