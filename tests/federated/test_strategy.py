@@ -46,7 +46,7 @@ def test_a_model_is_the_first_plus_own_updates_plus_rewards(federation):
         judged = here.strategy.last
         for name in here.names:
             update = here.cohort.memories[name].sent
-            reward = here.strategy._rewards.dense(name)
+            reward = here.strategy._payout.rewards.dense(name)
             total[name] = total[name] + judged.scales[name] * update + reward
     for name in here.names:
         np.testing.assert_allclose(here.strategy.model_of(name), total[name], atol=1e-5)

@@ -1,7 +1,11 @@
 """What the server has decided, line by line, for people: appended to and never rewritten."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from weightshare.federated.reputation import Assessment
+from weightshare.federated.standing import Standing
 
 
 class AuditLog:
@@ -24,6 +28,34 @@ class AuditLog:
         elif event == "restored":
             cut_half_line(self.path)  # a killed server may have left one
         append_line(self.path, row)
+
+    def judgement(self, judged: Assessment, standing: Standing, entries: Mapping[str, int]) -> None:
+        """A line for everyone who was judged in a round, and for what else it has led to."""
+        size = len(judged.aggregate)
+        for name, quota in judged.quotas.items():
+            count = entries[name]
+            self.add(
+                "judged",
+                round=judged.round,
+                name=name,
+                cosine=judged.cosines[name],
+                reputation=judged.reputation[name],
+                quota=quota,
+                entries=count,
+                bytes=4 * count + (-(-size // 8) if 0 < count < size else 0),
+            )
+        for event in ("expelled", "would_expel"):
+            for name in getattr(judged, event):
+                record = standing.expelled.get(name, {})
+                self.add(
+                    event,
+                    round=judged.round,
+                    name=name,
+                    reputation=record.get("reputation", judged.reputation.get(name)),
+                    threshold=judged.threshold,
+                )
+        for group in judged.copies:
+            self.add("copies", round=judged.round, names=list(group))
 
     def rows(self, event: str | None = None) -> list[dict[str, Any]]:
         """The events so far, or those of one kind."""

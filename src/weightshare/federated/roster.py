@@ -5,9 +5,12 @@ Reputation goes by these names, never by a node id, a partition id or anything a
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from flwr.serverapp import Grid
 
 from weightshare.errors import UserError
 
@@ -83,3 +86,19 @@ class Roster:
         """The participant with this key; None where it is not in the roster."""
         wanted = fingerprint(public_key)
         return next((n for n, value in self.fingerprints.items() if value == wanted), None)
+
+
+def online(
+    grid: Grid, roster: Roster, minimum: int, wait: float, sleep: Callable[[float], None]
+) -> list[tuple[int, str]]:
+    """Nodes of the roster, in the order of names, once ``minimum`` are there or time is up."""
+    deadline = time.monotonic() + wait
+    while True:
+        found: dict[str, int] = {}
+        for node in grid.get_nodes():
+            name = roster.name_of(node.public_key)
+            if name is not None:
+                found.setdefault(name, node.node_id)
+        if len(found) >= minimum or time.monotonic() >= deadline:
+            return [(found[name], name) for name in sorted(found)]
+        sleep(1.0)

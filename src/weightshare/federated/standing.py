@@ -92,6 +92,17 @@ def admit(standing: Standing, name: str, config: ReputationConfig) -> Standing:
     )
 
 
+def without(standing: Standing, name: str) -> Standing:
+    """``name`` takes no part for the time being; the others keep their proportions."""
+    left = dict(standing.reputation)
+    before = left.pop(name)
+    return replace(
+        standing,
+        reputation=shares(left) if sum(left.values()) > 0 else left,
+        inactive={**standing.inactive, name: before},
+    )
+
+
 def shares(values: Mapping[str, float]) -> dict[str, float]:
     """``values`` divided by their sum."""
     total = sum(values.values())

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,16 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from weightshare.errors import UserError
-from weightshare.federated import flower, wire
+from weightshare.federated import flower, survival, wire
 from weightshare.federated.audit_log import AuditLog
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.grid import WithoutNetwork
+from weightshare.federated.payout import Payout, payout_of
+from weightshare.federated.repeats import Repeats
 from weightshare.federated.reputation import Assessment, assess
-from weightshare.federated.rewards import Rewards
-from weightshare.federated.roster import Roster
-from weightshare.federated.standing import Standing, admit, missed
+from weightshare.federated.roster import Roster, online
+from weightshare.federated.standing import Standing, admit, missed, without
 from weightshare.federated.vectors import Vector
-
-SCHEMA = 1
-"""Version of the checkpoint's content."""
-WATCHED = 4096
-"""Entries by which an update is compared with the last one and with the last reward."""
-REPEATED = 0.999
-"""Cosine from which an update counts as a repetition (it is noted, not punished)."""
 
 Root = Callable[[Vector, int], Vector]
 """An update computed by the server from trusted data: (weights, round) -> (D,)."""
@@ -106,15 +99,11 @@ class ReputationStrategy(Strategy):
         self.names: list[str] = []
         self.models: NDArray[np.float32] = np.zeros((0, len(initial)), np.float32)
         """Exact model of each participant, ``(N, D)``, in the order of ``names``."""
-        self._rewards: Rewards | None = None
-        self._scales: dict[str, float] = {}
-        self._own: dict[str, Vector] = {}
+        self._payout = Payout()
         self._stale: set[str] = set()  # who must be sent the whole model
         self._tickets: dict[int, wire.Ticket] = {}
         self._squares: dict[str, float] = {}
-        draw = np.random.default_rng(len(initial))
-        self._watched = draw.choice(len(initial), min(WATCHED, len(initial)), replace=False)
-        self._seen: dict[str, Vector] = {}
+        self.repeats = Repeats(len(initial))
         self.extra: dict[str, NDArray[Any]] = {}
         self._bytes = 0
         if roster is not None:
@@ -146,7 +135,7 @@ class ReputationStrategy(Strategy):
             elif name in self._stale:
                 content = wire.order(ticket, model=model)
             else:
-                content = self._order(ticket)
+                content = self._payout.order(ticket)
             self._tickets[node] = ticket
             self._bytes += wire.payload(content)
             messages.append(Message(content, node, wire.TRAIN, group_id=str(number)))
@@ -162,7 +151,7 @@ class ReputationStrategy(Strategy):
         asked = {ticket.name for ticket in self._tickets.values()}
         # Whoever has not answered may or may not have had its reward: the model settles it.
         self._stale = set(self.names) - updates.keys()
-        self._rewards, self._scales, self._own = None, {}, {}
+        self._payout = Payout()
         present = {n: u for n, u in updates.items() if n in self.standing.reputation}
         if present:
             reference = self.root(self.server, number) if self.root else None
@@ -213,13 +202,15 @@ class ReputationStrategy(Strategy):
                 ticket = wire.Ticket(name, self.standing.round, wire.checksum(self._model(name)))
                 stale = name in self._stale
                 content = (
-                    wire.order(ticket, model=self._model(name)) if stale else self._order(ticket)
+                    wire.order(ticket, model=self._model(name))
+                    if stale
+                    else self._payout.order(ticket)
                 )
                 messages.append(Message(content, node, wire.REWARD, group_id="reward"))
         replies = grid.send_and_receive(messages, timeout=timeout)
         heard = {asked[r.metadata.src_node_id] for r in replies if not r.has_error()}
         # Nothing is owed any more; whoever has not confirmed is sent its model if it goes on.
-        self._rewards, self._scales = None, {}
+        self._payout = Payout()
         self._stale = set(self.names) - heard
         return len(heard)
 
@@ -231,9 +222,7 @@ class ReputationStrategy(Strategy):
 
     def reward_of(self, name: str) -> Vector | None:
         """The reward that the next message brings, ``(D,)``; None where there is none."""
-        if self._rewards is None or name not in self._scales or not self._rewards.count(name):
-            return None
-        return np.where(self._rewards.support(name), self._values(name), np.float32(0))
+        return self._payout.reward_of(name)
 
     def statement(self, name: str) -> list[dict[str, Any]]:
         """What a participant was sent and how it was judged, round by round."""
@@ -271,24 +260,7 @@ class ReputationStrategy(Strategy):
 
         ``extra`` are arrays of the caller's that ``restore`` leaves in ``self.extra``.
         """
-        import torch
-
-        from weightshare.training import checkpoint
-
-        tensors = {"models": self.models, "server": self.server, "initial": self.initial}
-        tensors |= {f"seen/{name}": value for name, value in self._seen.items()}
-        tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
-        values = {
-            "schema": SCHEMA,
-            "rules": self._rules(),
-            "names": self.names,
-            "standing": self.standing.state(),
-            "strikes": self.strikes,
-            "resyncs": self.resyncs,
-            "suspended": sorted(self.suspended),
-        }
-        packed = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
-        return checkpoint.save(folder, self.standing.round, packed, values, keep)
+        return survival.save(self, folder, keep, extra or {})
 
     def restore(self, folder: Path) -> int:
         """Go on from the newest checkpoint; returns its round, 0 where there is none.
@@ -298,51 +270,7 @@ class ReputationStrategy(Strategy):
         Raises:
             UserError: the checkpoint is damaged, of other rules, participants or another model.
         """
-        from weightshare.training import checkpoint
-
-        checkpoint.sweep(folder)
-        found = checkpoint.checkpoints(folder)
-        if not found:
-            return 0
-        tensors, values = checkpoint.load(found[-1])
-        if values["schema"] != SCHEMA:
-            raise UserError(
-                f"{found[-1]} has schema {values['schema']}, this version reads {SCHEMA}; go on "
-                "with the version that wrote it."
-            )
-        models = tensors["models"].numpy()
-        if models.shape[1] != len(self.initial) or values["rules"] != self._rules():
-            raise UserError(
-                f"{found[-1]} is of a federation with other rules or another model; resume with "
-                "the options it was started with."
-            )
-        if self.names and values["names"] != self.names:
-            raise UserError(
-                f"{found[-1]} has the participants {', '.join(values['names'])}, the roster has "
-                f"{', '.join(self.names)}; resume with the roster it was started with."
-            )
-        self.names = values["names"]
-        self.models = self._room(len(self.names))
-        self.models[:] = models
-        self.server = tensors["server"].numpy()
-        self.initial = tensors["initial"].numpy()
-        self.standing = Standing.load(values["standing"])
-        self.strikes, self.resyncs = dict(values["strikes"]), dict(values["resyncs"])
-        self.suspended = set(values["suspended"])
-        self._seen = {
-            name.removeprefix("seen/"): t.numpy()
-            for name, t in tensors.items()
-            if name.startswith("seen/")
-        }
-        self.extra = {
-            name.removeprefix("extra/"): t.numpy()
-            for name, t in tensors.items()
-            if name.startswith("extra/")
-        }
-        self._stale = set(self.names)
-        self._rewards, self._scales, self._own = None, {}, {}
-        self.log.add("restored", round=self.standing.round)
-        return self.standing.round
+        return survival.restore(self, folder)
 
     # Inside -------------------------------------------------------------------------------------
 
@@ -357,52 +285,17 @@ class ReputationStrategy(Strategy):
                 )
             return
         self.names = names
-        self.models = self._room(len(names))
+        self.models = survival.room(self.folder, len(names), len(self.initial))
         self.models[:] = self.initial
         self.standing = Standing.begin(names, self.config, self.sizes)
         self._stale = set(names)
-
-    def _room(self, count: int) -> NDArray[np.float32]:
-        shape = (count, len(self.initial))
-        if self.folder is None:
-            return np.zeros(shape, np.float32)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return np.memmap(self.folder / "models.f32", np.float32, "w+", shape=shape)
-
-    def _rules(self) -> dict[str, str]:
-        # Observing, and how many may be removed, are the operator's to change between sessions.
-        free = {"observe", "budget", "window", "quorum", "misses"}
-        return {k: str(v) for k, v in asdict(self.config).items() if k not in free}
 
     def _model(self, name: str) -> Vector:
         return self.models[self.names.index(name)]
 
     def _online(self, grid: Grid) -> list[tuple[int, str]]:
-        """Nodes of the roster, in the order of names, once enough are there or time is up."""
         assert self.roster is not None
-        deadline = time.monotonic() + self.wait
-        while True:
-            found: dict[str, int] = {}
-            for node in grid.get_nodes():
-                name = self.roster.name_of(node.public_key)
-                if name is not None:
-                    found.setdefault(name, node.node_id)
-            if len(found) >= self.minimum or time.monotonic() >= deadline:
-                return [(found[name], name) for name in sorted(found)]
-            self.sleep(1.0)
-
-    def _order(self, ticket: wire.Ticket) -> Any:
-        name = ticket.name
-        scale = self._scales.get(name, 0.0)
-        if self._rewards is None or name not in self._scales or not self._rewards.count(name):
-            return wire.order(ticket, scale=scale)
-        reward = self._rewards.cut(name, self._values(name))
-        return wire.order(ticket, scale=scale, reward=reward)
-
-    def _values(self, name: str) -> Vector:
-        assert self._rewards is not None
-        own = self._own.get(name)
-        return self._rewards.aggregate if own is None else self._rewards.aggregate - own
+        return online(grid, self.roster, self.minimum, self.wait, self.sleep)
 
     def _updates(self, replies: Iterable[Message]) -> dict[str, Vector]:
         """The valid updates by participant; the rest is noted."""
@@ -428,7 +321,10 @@ class ReputationStrategy(Strategy):
                 self._strike(ticket, "implausibly long")
                 continue
             updates[ticket.name], self._squares[ticket.name] = vector, square
-            self._watch(ticket, updates[ticket.name])
+            if self.repeats.found(ticket.name, vector):
+                self.log.add(
+                    "repeats", round=ticket.round, name=ticket.name, what="its last update"
+                )
         return updates
 
     def _strike(self, ticket: wire.Ticket, reason: str) -> None:
@@ -449,18 +345,9 @@ class ReputationStrategy(Strategy):
             self._suspend(ticket, "its model was asked for too often")
 
     def _suspend(self, ticket: wire.Ticket, reason: str) -> None:
-        if len(self.standing.reputation) <= 1:
+        if len(self.standing.reputation) <= 1 or ticket.name not in self.standing.reputation:
             return
-        left = dict(self.standing.reputation)
-        before = left.pop(ticket.name, None)
-        if before is None:
-            return
-        total = sum(left.values())
-        self.standing = replace(
-            self.standing,
-            reputation={n: r / total if total else r for n, r in left.items()},
-            inactive={**self.standing.inactive, ticket.name: before},
-        )
+        self.standing = without(self.standing, ticket.name)
         self.suspended.add(ticket.name)
         self.log.add("suspended", round=ticket.round, name=ticket.name, reason=reason)
 
@@ -470,52 +357,16 @@ class ReputationStrategy(Strategy):
         share = self.standing.reputation[name]
         self.log.add(event, round=self.standing.round, name=name, reputation=share)
 
-    def _watch(self, ticket: wire.Ticket, update: Vector) -> None:
-        now = update[self._watched]
-        before = self._seen.get(ticket.name)
-        if before is not None and _cosine(now, before) > REPEATED:
-            self.log.add("repeats", round=ticket.round, name=ticket.name, what="its last update")
-        self._seen[ticket.name] = now
-
     def _settle(self, updates: Mapping[str, Vector], judged: Assessment) -> None:
         """Rewards, and with them every participant's next model."""
-        aggregate = judged.aggregate
-        self.server = self.server + aggregate
-        self._rewards = Rewards(aggregate, judged.quotas, self.layers)
-        for name, quota in judged.quotas.items():
-            own = judged.scales[name] if self.config.keep_own else 0.0
-            self._scales[name] = own
-            if self.config.subtract_own:
-                share = np.float32(judged.weights[name] * judged.scales[name])
-                self._own[name] = share * updates[name]
-            entries = self._rewards.count(name)
-            reward = self.reward_of(name)
-            row = self.names.index(name)
+        self.server = self.server + judged.aggregate
+        self._payout = payout_of(updates, judged, self.config, self.layers)
+        for name in judged.quotas:
+            row, own = self.names.index(name), self._payout.scales[name]
+            reward = self._payout.reward_of(name)
             self.models[row] = wire.advance(self.models[row], updates[name], own, reward)
-            size = len(aggregate)
-            self.log.add(
-                "judged",
-                round=judged.round,
-                name=name,
-                cosine=judged.cosines[name],
-                reputation=judged.reputation[name],
-                quota=quota,
-                entries=entries,
-                bytes=4 * entries + (-(-size // 8) if 0 < entries < size else 0),
-            )
-        for event in ("expelled", "would_expel"):
-            for name in getattr(judged, event):
-                record = self.standing.expelled.get(name, {})
-                reputation = record.get("reputation", judged.reputation.get(name))
-                self.log.add(
-                    event,
-                    round=judged.round,
-                    name=name,
-                    reputation=reputation,
-                    threshold=judged.threshold,
-                )
-        for group in judged.copies:
-            self.log.add("copies", round=judged.round, names=list(group))
+        entries = {name: self._payout.count(name) for name in judged.quotas}
+        self.log.judgement(judged, self.standing, entries)
 
     def _metrics(
         self,
@@ -536,9 +387,3 @@ class ReputationStrategy(Strategy):
                 "bytes-received": 4 * len(self.initial) * len(present),
             }
         )
-
-
-def _cosine(one: Vector, other: Vector) -> float:
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    lengths = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / lengths if lengths > 0 else 0.0

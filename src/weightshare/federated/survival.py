@@ -1,0 +1,103 @@
+"""What of a strategy survives a killed server: its checkpoint, written whole or not at all."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from weightshare.errors import UserError
+from weightshare.federated.payout import Payout
+from weightshare.federated.standing import Standing
+from weightshare.training import checkpoint
+
+if TYPE_CHECKING:
+    from weightshare.federated.strategy import ReputationStrategy
+
+SCHEMA = 1
+"""Version of the checkpoint's content."""
+FREE = {"observe", "budget", "window", "quorum", "misses"}
+"""Rules that are the operator's to change between sessions."""
+
+
+def save(
+    strategy: "ReputationStrategy", folder: Path, keep: int, extra: Mapping[str, NDArray[Any]]
+) -> Path:
+    """See ``ReputationStrategy.save``."""
+    tensors = {"models": strategy.models, "server": strategy.server, "initial": strategy.initial}
+    tensors |= {f"seen/{name}": value for name, value in strategy.repeats.seen.items()}
+    tensors |= {f"extra/{name}": value for name, value in extra.items()}
+    values = {
+        "schema": SCHEMA,
+        "rules": rules(strategy),
+        "names": strategy.names,
+        "standing": strategy.standing.state(),
+        "strikes": strategy.strikes,
+        "resyncs": strategy.resyncs,
+        "suspended": sorted(strategy.suspended),
+    }
+    packed = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+    return checkpoint.save(folder, strategy.standing.round, packed, values, keep)
+
+
+def restore(strategy: "ReputationStrategy", folder: Path) -> int:
+    """See ``ReputationStrategy.restore``."""
+    checkpoint.sweep(folder)
+    found = checkpoint.checkpoints(folder)
+    if not found:
+        return 0
+    tensors, values = checkpoint.load(found[-1])
+    if values["schema"] != SCHEMA:
+        raise UserError(
+            f"{found[-1]} has schema {values['schema']}, this version reads {SCHEMA}; go on "
+            "with the version that wrote it."
+        )
+    models = tensors["models"].numpy()
+    if models.shape[1] != len(strategy.initial) or values["rules"] != rules(strategy):
+        raise UserError(
+            f"{found[-1]} is of a federation with other rules or another model; resume with "
+            "the options it was started with."
+        )
+    if strategy.names and values["names"] != strategy.names:
+        raise UserError(
+            f"{found[-1]} has the participants {', '.join(values['names'])}, the roster has "
+            f"{', '.join(strategy.names)}; resume with the roster it was started with."
+        )
+    strategy.names = values["names"]
+    strategy.models = room(strategy.folder, *models.shape)
+    strategy.models[:] = models
+    strategy.server = tensors["server"].numpy()
+    strategy.initial = tensors["initial"].numpy()
+    strategy.standing = Standing.load(values["standing"])
+    strategy.strikes, strategy.resyncs = dict(values["strikes"]), dict(values["resyncs"])
+    strategy.suspended = set(values["suspended"])
+    strategy.repeats.seen = {
+        name.removeprefix("seen/"): t.numpy()
+        for name, t in tensors.items()
+        if name.startswith("seen/")
+    }
+    strategy.extra = {
+        name.removeprefix("extra/"): t.numpy()
+        for name, t in tensors.items()
+        if name.startswith("extra/")
+    }
+    strategy._stale = set(strategy.names)
+    strategy._payout = Payout()
+    strategy.log.add("restored", round=strategy.standing.round)
+    return strategy.standing.round
+
+
+def room(folder: Path | None, count: int, dimension: int) -> NDArray[np.float32]:
+    """Where everyone's model is kept: ``(N, D)``, a file in ``folder`` or memory."""
+    if folder is None:
+        return np.zeros((count, dimension), np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    return np.memmap(folder / "models.f32", np.float32, "w+", shape=(count, dimension))
+
+
+def rules(strategy: "ReputationStrategy") -> dict[str, str]:
+    """The rules that a checkpoint is bound to."""
+    return {k: str(v) for k, v in asdict(strategy.config).items() if k not in FREE}
