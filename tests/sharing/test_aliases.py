@@ -165,6 +165,7 @@ def test_measuring_leaves_no_trace_even_when_it_raises():
         assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
         assert [list(m._parameters) for m in model.modules()] == dicts
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     plain = model(x)
     assert type(plain.grad_fn).__name__ != "_AliasBackward"
 
@@ -266,6 +267,41 @@ def test_displaced_uses_read_what_the_unshared_twin_would_hold():
     twin.backward()
     assert torch.allclose(loss, twin, atol=1e-14)
     assert torch.allclose(slope, (unshared.b.weight.grad * offset[Use("b", "weight")]).sum())
+
+
+class Own(nn.Parameter):
+    """A parameter class of somebody else's."""
+
+    def double_sum(self):
+        return 2 * self.sum()
+
+
+def test_parameters_keep_their_class_and_what_it_can_do():
+    model = nn.Linear(3, 2)
+    model.weight = Own(model.weight.detach().clone())
+    with per_use(model) as uses:
+        assert isinstance(model.weight, Own) and isinstance(model.weight, nn.Parameter)
+        assert model.weight.shape == (2, 3) and model.weight.requires_grad
+        found = uses.gradients(model(torch.ones(1, 3)).sum() + model.weight.double_sum())
+    assert type(model.weight) is Own
+    assert torch.equal(sum(found["weight"].values()), torch.full((2, 3), 3.0))
+
+
+def test_attention_and_lists_of_weights_are_read_through_their_aliases():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def loss():
+        out, _ = attention(x, x, x)
+        stacked = torch.cat([attention.in_proj_weight, attention.out_proj.weight])
+        return out.square().sum() + stacked.square().sum()
+
+    exact = torch.autograd.grad(loss(), list(attention.parameters()))
+    with per_use(attention) as uses:
+        found = uses.gradients(loss())
+    for (name, _), gradient in zip(attention.named_parameters(), exact, strict=True):
+        assert torch.allclose(sum(found[name].values()), gradient, atol=1e-12)
 
 
 def test_random_streams_are_untouched_by_the_aliases():
