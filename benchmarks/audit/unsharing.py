@@ -87,7 +87,7 @@ def main() -> None:
                     lambda c=(name, text, groups, moment, seed): one(*c, steps, options),
                 )
                 if table.rows:
-                    table.facts |= {"spent": spent(table.rows), "clause": clause(table.rows)}
+                    table.facts |= summary(table.rows)
                     table.write()
     for part, title in (("spent", "bought at one budget"), ("clause", "predicted and realised")):
         show_table(title, [{k: _short(v) for k, v in r.items()} for r in table.facts[part]])
@@ -111,6 +111,8 @@ def one(name, text, groups, moment, seed, steps, options):
 
     model = fold(source.model, FoldPlan(source.model.config.num_hidden_layers, groups=groups))
     row = {"model": name, "groups": groups, "moment": moment, "seed": seed}
+    row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    row["torch"] = torch.__version__
     row |= {"dense": held(source.model, heldout), "start": held(model, heldout)}
     if moment == "cured":
         fit(model, train, steps["cure"], seed, options.capture)
@@ -222,6 +224,15 @@ def fit(model, batches, steps, seed, capture=False):
 @torch.no_grad()
 def held(model, batches):
     return sum(float(language_loss(model, batch)) for batch in batches) / len(batches)
+
+
+def summary(rows):
+    """The tables, and where the rows came from, which may be other machines than the last."""
+    facts = {
+        name: " and ".join(sorted({str(row[name]) for row in rows.values()}))
+        for name in ("device", "torch")
+    }
+    return facts | {"spent": spent(rows), "clause": clause(rows)}
 
 
 def by_case(rows):
