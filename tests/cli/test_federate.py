@@ -140,6 +140,18 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_a_finished_run_that_is_resumed_stays_what_it_is(finished):
+    before = (finished / "checkpoint.safetensors").read_bytes()
+    assert federate(finished, *QUICK, "--attack", "label_flip", "--adversaries", 1, "--resume") == 0
+    assert (finished / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_refusal_leaves_no_folder_that_would_bar_the_next_try(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert federate(out, *QUICK, "--root-samples", 99999) == 2
+    assert "--root-samples is 99999" in capsys.readouterr().err and not out.exists()
+
+
 def test_files_in_mnists_format_are_read(tmp_path, monkeypatch):
     import gzip
 

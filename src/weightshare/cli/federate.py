@@ -24,6 +24,8 @@ FEW = 1000
 
 def run(config: "FederateConfig") -> None:
     """Run one federation and leave a run directory."""
+    from pathlib import Path
+
     from weightshare.cli.console import device_of, say, show_table
     from weightshare.federated.simulation import simulate
     from weightshare.report import Run
@@ -33,6 +35,8 @@ def run(config: "FederateConfig") -> None:
     if config.dry_run:
         show_plan(simulate(config))
         return
+    # Before the run is opened: options that the data refuse must not leave a folder behind.
+    here = simulate(config, Path(config.out) / "server")
 
     with (
         one_thread(),
@@ -45,7 +49,6 @@ def run(config: "FederateConfig") -> None:
         ) as run,
     ):
         # 1. Everyone trains alone: what the federation has to beat.
-        here = simulate(config, run.path / "server")
         run.summary(rounds=config.rounds, device=str(device), strategy=config.strategy)
         alone = run.stage("alone", here.alone)
 

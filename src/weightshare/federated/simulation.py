@@ -176,6 +176,11 @@ def simulate(
     logging.getLogger("flwr").setLevel(logging.WARNING)
     samples = load_samples(config.data)
     total = len(samples.train_labels)
+    if config.root_samples >= total:
+        raise UserError(
+            f"--root-samples is {config.root_samples} but {config.data} has {total} training "
+            "samples in all; give fewer, as 50."
+        )
     if config.samples > total - config.root_samples:
         raise UserError(
             f"--samples is {config.samples} but {config.data} has {total} training samples, "

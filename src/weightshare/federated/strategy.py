@@ -115,16 +115,10 @@ class ReputationStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per live participant that is online."""
-        if self.roster is None:
-            if not isinstance(grid, WithoutNetwork):
-                raise UserError(
-                    "Outside the in-process grid a federation needs a roster, or anyone could take "
-                    "part; give ReputationStrategy a Roster of the participants' keys."
-                )
-            self._begin(grid.roster)
+        nodes = self._online(grid)
         number = self.standing.round + 1
         self._tickets, self._bytes, messages = {}, 0, []
-        for node, name in self._online(grid):
+        for node, name in nodes:
             if name in self.standing.expelled or name in self.suspended:
                 continue
             model = self._model(name)
@@ -294,6 +288,13 @@ class ReputationStrategy(Strategy):
         return self.models[self.names.index(name)]
 
     def _online(self, grid: Grid) -> list[tuple[int, str]]:
+        if self.roster is None:
+            if not isinstance(grid, WithoutNetwork):
+                raise UserError(
+                    "Outside the in-process grid a federation needs a roster, or anyone could take "
+                    "part; give ReputationStrategy a Roster of the participants' keys."
+                )
+            self._begin(grid.roster)
         assert self.roster is not None
         return online(grid, self.roster, self.minimum, self.wait, self.sleep)
 
