@@ -385,3 +385,17 @@ def test_blocks_and_one_dense_product_on_any_device_agree(device, size):
     total, inner = combined(rows, weights)
     assert total.tobytes() == weighted_sum(rows, weights).tobytes()
     np.testing.assert_array_equal(inner, products(rows, total))
+
+
+def test_cosines_cannot_tell_flippers_from_the_flipped():
+    rows = iter(vectors(21).values())
+    updates = {f"p{i}": next(rows) for i in range(10)} | {f"x{i}": -next(rows) for i in range(11)}
+    mirrored = {name: -row for name, row in updates.items()}
+    config = replace(ReputationConfig.robust(), patience=0, duplicates=0.0)
+    equal, less = dict.fromkeys(updates, 1.0), {n: 1.0 if n[0] == "p" else 0.5 for n in updates}
+    one, _ = run(updates, config, 3, sizes=equal)
+    other, _ = run(mirrored, config, 3, sizes=equal)
+    # With as much data each, whoever is in the majority wins, whichever world it is.
+    assert one.reputation == other.reputation and all(name[0] == "x" for name in one.live)
+    attested, _ = run(updates, config, 3, sizes=less)
+    assert all(name[0] == "p" for name in attested.live) and len(attested.live) == 10
