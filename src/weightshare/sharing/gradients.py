@@ -134,7 +134,11 @@ def by_rows(gradients: Gradients[Any], owners: Sequence[User]) -> Gradients[User
         UserError: a layer saw a number of inputs that is no multiple of the rows.
     """
     found: Gradients[User] = {}
-    places = {user: [i for i, o in enumerate(owners) if o == user] for user in owners}
+    places: dict[User, Any] = {}
+    for user in dict.fromkeys(owners):
+        rows = [i for i, owner in enumerate(owners) if owner == user]
+        together = rows[-1] - rows[0] + 1 == len(rows)
+        places[user] = slice(rows[0], rows[-1] + 1) if together else rows  # no copy of neighbours
     for name, uses in gradients.items():
         for use, factors in uses.items():
             if not isinstance(factors, Factors):
