@@ -348,3 +348,14 @@ def test_products_of_any_size_are_those_of_all_rows(size, entries, monkeypatch):
     for name, each in rows.items():
         dense = torch.stack([torch.zeros(size).double() if row is None else row for row in each])
         assert torch.allclose(found[name], dense @ dense[-3:].T, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("entries", [2**23, 40])
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (1, 5, 3, 2)])
+def test_products_of_factors_are_those_of_the_gradients(lengths, entries, monkeypatch):
+    monkeypatch.setattr("weightshare.sharing.products.ENTRIES", entries)
+    rows = [Factors(vectors(n, 6, seed=n), vectors(n, 5, seed=n + 9)) for n in lengths]
+    dense = torch.stack([factors.dense().flatten() for factors in rows])
+    found = inner_products({"w": [rows[0], None, *rows[1:]]}, 2)["w"]
+    assert torch.allclose(found[[0, 2, 3, 4]], dense @ dense[-2:].T, rtol=1e-12)
+    assert not found[1].any()

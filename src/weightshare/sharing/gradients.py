@@ -153,11 +153,13 @@ def by_rows(gradients: Gradients[Any], owners: Sequence[User]) -> Gradients[User
                 for part in (factors.inputs, factors.outputs)
             )
             bias = f"{use.module}.bias" if use.module else "bias"
+            row_sums = outputs.sum(1)
             for user, rows in places.items():
                 mine = Factors(inputs[rows].flatten(0, 1), outputs[rows].flatten(0, 1))
                 parts: Gradients[User] = {name: {user: mine}}
                 if bias in gradients:
-                    parts[bias] = {user: mine.outputs.sum(0)}
+                    of_bias = row_sums[rows]
+                    parts[bias] = {user: of_bias[0] if len(of_bias) == 1 else of_bias.sum(0)}
                 found = accumulate(found, parts)
     return found
 

@@ -92,30 +92,28 @@ def _some(rows: Rows, new: int) -> Tensor:
 
 def _ghost(rows: Sequence[Factors], new: int) -> Tensor:
     """``Σ (A_i A_jᵀ) ∘ (B_i B_jᵀ)`` of all pairs, as many at a time as ``ENTRIES`` holds."""
-    device = rows[0].inputs.device
-    late = rows[len(rows) - new :]
-    inputs, outputs = (torch.cat(part).double() for part in zip(*map(_pair, late), strict=True))
-    owner = torch.repeat_interleave(
-        torch.arange(new, device=device), torch.tensor([len(f.inputs) for f in late], device=device)
-    )
-    values = torch.zeros(len(rows), new, dtype=torch.float64, device=device)
-    start = 0
-    while start < len(rows):
-        stop, tokens = start + 1, len(rows[start].inputs)
-        while stop < len(rows) and (tokens + len(rows[stop].inputs)) * len(inputs) <= ENTRIES:
-            tokens += len(rows[stop].inputs)
-            stop += 1
-        some = rows[start:stop]
-        a, b = (torch.cat(part).double() for part in zip(*map(_pair, some), strict=True))
-        mine = torch.repeat_interleave(
-            torch.arange(start, stop, device=device),
-            torch.tensor([len(f.inputs) for f in some], device=device),
-        )
-        by_new = a.new_zeros(len(a), new).index_add_(1, owner, (a @ inputs.T) * (b @ outputs.T))
-        values.index_add_(0, mine, by_new)
-        start = stop
-    return values
+    inputs, outputs, lengths = _joined(rows[len(rows) - new :])
+    values: list[Tensor] = []
+    some: list[Factors] = []
+    for number, row in enumerate(rows, start=1):
+        some.append(row)
+        following = len(rows[number].inputs) if number < len(rows) else ENTRIES
+        if (sum(len(f.inputs) for f in some) + following) * len(inputs) > ENTRIES:
+            a, b, mine = _joined(some)
+            products = (a @ inputs.T) * (b @ outputs.T)
+            values.append(_sums(_sums(products, lengths).T, mine).T)
+            some = []
+    return torch.cat(values)
 
 
-def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    return factors.inputs, factors.outputs
+def _joined(rows: Sequence[Factors]) -> tuple[Tensor, Tensor, list[int]]:
+    inputs = torch.cat([factors.inputs for factors in rows]).double()
+    outputs = torch.cat([factors.outputs for factors in rows]).double()
+    return inputs, outputs, [len(factors.inputs) for factors in rows]
+
+
+def _sums(matrix: Tensor, lengths: list[int]) -> Tensor:
+    """Sums of neighbouring columns, ``(n, len(lengths))``."""
+    if len(set(lengths)) == 1:
+        return matrix.unflatten(1, (len(lengths), -1)).sum(2)
+    return torch.stack([part.sum(1) for part in matrix.split(lengths, 1)], 1)
