@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--shape", help="width x blocks of a random Llama, as 576x30")
     parser.add_argument("--type", default="bfloat16", help="torch dtype of a random Llama")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a timed generation")
+    parser.add_argument("--decode-only", action="store_true", help="leave out the rankings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("folding_speed", __doc__, parser)
     options = table.options
@@ -101,8 +103,9 @@ def main() -> None:
                 "ratio": statistics.median(plain) / statistics.median(seconds),
                 "block_runs": ours.block_runs, "peer_block_runs": peer.block_runs}  # fmt: skip
 
-    table.row("block influence, one pass / T x T", influence)
-    table.row("greedy, prefixes kept / whole passes", removal)
+    if not options.decode_only:
+        table.row("block influence, one pass / T x T", influence)
+        table.row("greedy, prefixes kept / whole passes", removal)
     half = blocks // 2
     plans = {
         "dense": FoldPlan(blocks),
@@ -117,7 +120,7 @@ def main() -> None:
             folded = fold(model, plan)
 
             def decode(folded=folded, batch=batch) -> dict[str, float]:
-                speed = decode_speed(folded, ids[0, :12], 64, batch, repeats=repeats)
+                speed = decode_speed(folded, ids[0, :12], options.tokens, batch, repeats=repeats)
                 return {"tokens_per_second": speed.median,
                         "parameters": sum(p.numel() for p in folded.parameters())}  # fmt: skip
 
