@@ -171,6 +171,26 @@ def test_a_low_rank_delta_starts_on_the_measured_disagreement(folded, batches, l
         assert not module.delta_b.any()
 
 
+def test_shared_norms_become_private_ones(batches, loss, tmp_path):
+    plan = FoldPlan(4, groups=((0, 1, 2),), private=())
+    folded = fold(make("qwen3", blocks=4), plan)
+    layer = layers_of(folded, batches, loss)["model.layers.{0,1,2}"]
+    groups = (("model.layers.0", "model.layers.2"), ("model.layers.1",))
+    before, unsharing = logits(folded), Unsharing("scale", layer, groups)
+    unique, added = size(folded).unique, unsharing.added(folded)
+    plan = apply(folded, unsharing)
+    kinds = {delta.parameter: delta.kind for delta in plan.deltas}
+    assert kinds["input_layernorm.weight"] == kinds["self_attn.q_norm.weight"] == "own"
+    assert kinds["mlp.up_proj.weight"] == "scale"
+    assert torch.equal(logits(folded), before) and size(folded).unique - unique == added
+    shake(folded)
+    with quiet():
+        folded.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(folded))
+    assert torch.allclose(logits(unfold(folded)), logits(folded), atol=1e-5)
+
+
 def test_the_tied_head_gets_a_delta_or_weights_of_its_own(folded, batches, loss):
     layer = layers_of(folded, batches, loss)["model.embed_tokens + lm_head"]
     before = logits(folded)

@@ -1,4 +1,4 @@
-"""What a GPU does differently: another thread runs the backward pass, other kernels the products."""
+"""What a GPU does differently: a thread for the backward pass, kernels for the products."""
 
 import sys
 from pathlib import Path
