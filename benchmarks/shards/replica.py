@@ -47,7 +47,7 @@ RATES = {
     "r1": (5e-3, 1e-2, 2e-2, 4e-2),
     "r2": (2e-3, 4e-3, 8e-3),
 }
-BUDGETS = (0.25, 0.5, 1, 2, 4, 8, 16)
+BUDGETS = (2, 1, 0.5, 0.25, 4, 8, 16)
 PERL = "/usr/share/perl"
 BESIDE = {"lora": "LoRA r=2", "full": "MoS, all four"}
 
@@ -129,7 +129,7 @@ def ladder(bench: "Bench") -> dict[str, Callable[[], Any]]:
 
 
 def budgets(bench: "Bench") -> dict[str, Callable[[], Any]]:
-    """LoRA, MoS and Uni-LoRA from a quarter of a rank to sixteen."""
+    """LoRA, MoS and Uni-LoRA from a quarter of a rank to sixteen; the middle first."""
     found: dict[str, Callable[[], Any]] = {}
     for e in BUDGETS:
         rank = max(2, round(4 * e))
