@@ -203,7 +203,8 @@ def potential_case(
     if kind == "MACE":
         task: PotentialTask = MaceTask(Mace()).to(device)
     else:
-        model = PonitaPotential([1, 6, 8], recompute="recompute" in kind, **size)
+        again = next((word for word in ("messages", "basis") if word in kind), None)
+        model = PonitaPotential([1, 6, 8], recompute=again, **size)
         if kind == "plain":
             plainly(model.network)
         task = (PlainPotential if kind == "plain" else PotentialTask)(model).to(device)
@@ -272,7 +273,8 @@ def main() -> None:
     if device.startswith("cuda"):
         kinds.append("captured")
     mace = ["MACE"] if importlib.util.find_spec("mace") else []
-    memory = ["recompute", "recompute captured"][: len(kinds) - 1]
+    memory = [f"{what} again{how}" for what in ("messages", "basis")
+              for how in ("", ", captured")[: len(kinds) - 1]]  # fmt: skip
     dynamic = ["ASE, float64", "ASE, float32", "captured, float32"]
     cases: list[tuple[str, list[str], int, Callable[[str], Callable[[], Any]]]] = [
         ("N-body train, batch 100", [*kinds, *(f"{k}, 20 orientations" for k in kinds[2:]), "egnn",

@@ -156,7 +156,7 @@ def test_the_error_under_other_rotations_falls_with_the_number_of_orientations()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [None, "messages", "basis"])
 def test_dense_and_segment_paths_give_equal_numbers_and_gradients(kind, recompute):
     model, x, s, v = setup(kind, 8)
     model.functions.recompute = recompute
@@ -429,7 +429,7 @@ def plain(model):
     return model
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [None, "messages", "basis"])
 @pytest.mark.parametrize("options", [
     {"orientations": 12}, {"orientations": 20, "invariants": "reference"},
     {"dim": 2, "orientations": 6, "invariants": "complete"}, {"orientations": 8, "cutoff": 2.0},

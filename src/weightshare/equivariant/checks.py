@@ -116,6 +116,7 @@ def check_options(
     invariants: str,
     convolution: str,
     chiral: bool,
+    recompute: str | None,
     sizes: tuple[int, int, int],
 ) -> None:
     """Refuse a network that cannot be built."""
@@ -127,6 +128,8 @@ def check_options(
         raise UserError("Vectors and tensors need orientations; give orientations >= 1.")
     if invariants not in MODES:
         raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
+    if recompute not in (None, "messages", "basis"):
+        raise UserError(f"recompute is {recompute!r}; give messages, basis, or None.")
     if convolution not in ("separable", "full"):
         raise UserError(f"convolution is {convolution!r}; give separable or full.")
     if convolution == "full" and grid is None:

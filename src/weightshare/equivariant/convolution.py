@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from weightshare.equivariant.pairs import Pairs
 from weightshare.equivariant.pointwise import Gelu, LayerNorm, contiguous
 from weightshare.equivariant.recomputed import recomputed
 
+Recompute = Literal["basis", "messages"] | None
 PAIRS_AT_ONCE = 8192
 """Pairs whose basis is held while a message is recomputed: about 1 GB at the published size."""
 
@@ -54,7 +55,9 @@ class BasisFunctions(nn.Module):
         hidden, basis, degree: see ``KernelBasis``.
         window_cutoff: distance at which messages have faded to zero, or None.
         length: unit in which differences of positions are measured.
-        recompute: keep no basis; every layer evaluates it again, in both passes.
+        recompute: ``messages``: keep the values of the basis and nothing else, neither what led to
+            them nor the kernels of the layers; ``basis``: not even these, every layer evaluates
+            them again in all passes; None: keep all.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class BasisFunctions(nn.Module):
         degree: int,
         window_cutoff: float | None,
         length: float,
-        recompute: bool,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.mode, self.chiral, self.full = mode, chiral, full
@@ -116,7 +119,15 @@ class BasisFunctions(nn.Module):
         seen = grid
         if grid is not None and antipodal and pairs.mutual and not self.full:
             seen = grid[: len(grid) // 2]
-        spatial = None if self.recompute else self.evaluate(pairs, seen)
+        spatial = None
+        if self.recompute is None:
+            spatial = self.evaluate(pairs, seen)
+        elif self.recompute == "messages":
+
+            def whole(delta: Tensor, *parameters: Tensor) -> Tensor:
+                return self.evaluate(pairs.at(delta), seen, parameters)
+
+            spatial = recomputed(whole, pairs.delta, *self.spatial.parameters())
         fibre = None
         if self.fibre is not None and grid is not None:
             fibre = self.fibre(fibre_invariants(grid, self.mode))
@@ -149,12 +160,20 @@ def full_message(
     return pairs.sum(torch.einsum("...opc,...oc->...pc", kernel, senders))
 
 
-def again(
+def send(
     message: Callable[..., Tensor], field: Tensor, weight: Tensor, kernels: Kernels, *more: Tensor
 ) -> Tensor:
-    """A message whose basis is computed for it alone, and again in every backward pass, for
-    ``PAIRS_AT_ONCE`` pairs at a time."""
+    """A message with what the network keeps of it; a basis that is not kept is computed for this
+    message alone, and again in every backward pass, for ``PAIRS_AT_ONCE`` pairs at a time."""
     source, grid = kernels.source, kernels.seen
+    if kernels.spatial is not None:
+        if source is None or source.recompute is None:
+            return message(field, weight, kernels.pairs, kernels.spatial, *more)
+
+        def of_basis(field: Tensor, weight: Tensor, basis: Tensor) -> Tensor:
+            return message(field, weight, kernels.pairs, basis, *more)
+
+        return recomputed(of_basis, field, weight, kernels.spatial)
     assert source is not None
     parameters = tuple(source.spatial.parameters())
 
@@ -191,11 +210,7 @@ class SeparableConv(nn.Module):
 
     def over_space(self, field: Tensor, kernels: Kernels) -> Tensor:
         """The first step."""
-        pairs, weight = kernels.pairs, self.spatial.weight
-        if kernels.spatial is not None:
-            return spatial_message(field, weight, pairs, kernels.spatial)
-
-        return again(spatial_message, field, weight, kernels)
+        return send(spatial_message, field, self.spatial.weight, kernels)
 
     def over_sphere(self, field: Tensor, kernels: Kernels) -> Tensor:
         """The second step, without bias."""
@@ -236,11 +251,7 @@ class FullConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def _message(self, field: Tensor, kernels: Kernels) -> Tensor:
-        pairs, weight, measure = kernels.pairs, self.kernel.weight, kernels.weights
-        if kernels.spatial is not None:
-            return full_message(field, weight, pairs, kernels.spatial, measure)
-
-        return again(full_message, field, weight, kernels, measure)
+        return send(full_message, field, self.kernel.weight, kernels, kernels.weights)
 
     def forward(self, field: Tensor, kernels: Kernels) -> Tensor:
         return self._message(field, kernels) + self.bias

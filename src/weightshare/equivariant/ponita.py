@@ -17,6 +17,7 @@ from weightshare.equivariant.convolution import (
     ConvNextBlock,
     FullConv,
     Kernels,
+    Recompute,
     SeparableConv,
     calibrating,
 )
@@ -71,7 +72,8 @@ class Ponita(nn.Module):
             equal weights.
         vector_scale: factor on vectors read out (d undoes the mean of o oᵀ).
         length: unit of length of the invariants.
-        recompute: do not keep the basis between layers and passes: less memory, more time.
+        recompute: what is computed again in the backward passes instead of kept: ``messages`` (all
+            but the values of the basis), ``basis`` (these, too: least memory, most time), or None.
         random_grid: turn the grid at random in every forward pass (Monte-Carlo symmetrisation);
             drawn on the CPU, so a captured update would repeat one draw.
     """
@@ -108,7 +110,7 @@ class Ponita(nn.Module):
         quadrature: bool = False,
         vector_scale: float = 1.0,
         length: float = 1.0,
-        recompute: bool = False,
+        recompute: Recompute = None,
         random_grid: bool = False,
     ) -> None:
         super().__init__()
@@ -125,6 +127,7 @@ class Ponita(nn.Module):
             invariants,
             convolution,
             chiral,
+            recompute,
             (hidden, layers, basis),
         )
         self.dim, self.cutoff, self.self_loops = dim, cutoff, self_loops
