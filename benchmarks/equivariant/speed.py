@@ -291,7 +291,7 @@ def main() -> None:
         ("molecular dynamics step, 9 atoms", dynamic if importlib.util.find_spec("ase") else [], 1,
          lambda kind: dynamics_case(size, kind, device)),
     ]  # fmt: skip
-    wanted = table.options.kinds.split(",") if table.options.kinds else None
+    wanted = table.options.kinds.split(";") if table.options.kinds else None
     for case, kinds_here, queued, build in (cases[int(k)] for k in table.options.cases.split(",")):
         for kind in kinds_here if wanted is None else [k for k in kinds_here if k in wanted]:
 
