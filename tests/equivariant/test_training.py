@@ -153,7 +153,7 @@ def test_a_potential_learns_a_pair_potential():
 
 @pytest.mark.slow
 def test_the_small_network_reaches_the_error_of_larger_peers_on_the_published_task():
-    """34 k weights, 90 epochs, two minutes of one thread: at most 0.0060 (EGNN published: 0.0070)."""
+    """34 k weights, 90 epochs, two minutes of a thread: at most 0.0060 (EGNN published: 0.0070)."""
     from weightshare.equivariant.nbody import PUBLISHED
 
     train = make_nbody(3000)
