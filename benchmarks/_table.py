@@ -5,8 +5,8 @@
     table.show(["loss", "seconds"])
 
 ``--quick`` runs at a small size into a temporary folder; ``--minutes`` caps the time: rows that do
-not fit are left out and said so. ``--part 3/14`` computes every fourteenth row, so that one process a
-core shares the work (each with an ``--out`` of its own); ``--join FILE ...`` takes their rows over.
+not fit are left out and said so. ``--part 3/14`` computes every fourteenth row, so that one process
+a core shares the work, each with an ``--out`` of its own; ``--join FILE ...`` takes their rows over.
 """
 
 import argparse
@@ -27,9 +27,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Table:
-    """Rows of figures by name, written after each row."""
+    """Rows of figures by name, written after each row.
 
-    def __init__(self, name: str, about: str, parser: argparse.ArgumentParser | None = None):
+    ``name`` of the results file may depend on the options.
+    """
+
+    def __init__(
+        self,
+        name: str | Callable[[argparse.Namespace], str],
+        about: str,
+        parser: argparse.ArgumentParser | None = None,
+    ):
         parser = parser or argparse.ArgumentParser(description=about.split("\n")[0])
         parser.add_argument("--quick", action="store_true", help="small, into a temporary folder")
         parser.add_argument("--minutes", type=float, default=60.0, help="stop adding rows after")
@@ -38,6 +46,7 @@ class Table:
         parser.add_argument("--part", default="1/1", help="which of how many parts of the rows")
         parser.add_argument("--join", type=Path, nargs="*", default=[], help="files of other parts")
         self.options = parser.parse_args()
+        name = name if isinstance(name, str) else name(self.options)
         self.part, self.parts = (int(number) for number in self.options.part.split("/"))
         self.asked = 0
         self.quick: bool = self.options.quick

@@ -169,8 +169,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rules", default=",".join(RULES), help="only these, with commas")
     parser.add_argument("--device", default="cpu", help="where participants are trained")
-    data = parser.parse_known_args()[0].data
-    table = Table(f"federated_attacks_{data}", __doc__, parser)
+    table = Table(lambda o: f"federated_attacks_{o.data}", __doc__, parser)
     options = table.options
     torch.set_num_threads(1)
     rounds, cells = 25, CELLS
@@ -190,7 +189,7 @@ def main() -> None:
         part = json.loads(options.join[0].read_text(encoding="utf-8"))
         table.facts |= {key: part[key] for key in ("device", "torch", "python", "trained_on")}
         start = f" --first-seed {options.first_seed}" if options.first_seed else ""
-        command = f"python benchmarks/federated/attacks.py --data {data}{start}"
+        command = f"python benchmarks/federated/attacks.py --data {options.data}{start}"
         table.facts |= {"command": command}
     table.write()
     for title in ("accuracy", "adversaries", "fairness", "passes"):

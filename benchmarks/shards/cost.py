@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--users", type=int, default=16, help="adapters in a mixed batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parsed, _ = parser.parse_known_args()
-    place = "_gpu" if parsed.device.startswith("cuda") else ""
-    table = Table(f"shards_cost{place}", __doc__, parser)
+    table = Table(
+        lambda options: "shards_cost" + "_gpu" * options.device.startswith("cuda"), __doc__, parser
+    )
     options = table.options
     if table.quick:
         options.width, options.blocks, options.rounds, options.users = 64, 4, 2, 4

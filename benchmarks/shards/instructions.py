@@ -62,8 +62,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods, separated by semicolons")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parsed, _ = parser.parse_known_args()
-    table = Table("shards_users" if parsed.users else "shards_instructions", __doc__, parser)
+    table = Table(lambda o: "shards_users" if o.users else "shards_instructions", __doc__, parser)
     options = table.options
     if table.quick:
         options.steps, options.seeds, options.batch = 2, 1, 8
@@ -81,7 +80,7 @@ def main() -> None:
         name: (rate,) if table.quick else (rate, 2 * rate) for name, (_, rate) in methods.items()
     }
     sweep(table, runs, rates, options.seeds)
-    table.facts["summary"] = summary(table.rows, methods, options.seeds, beside)
+    table.facts["summary"] = summary(table.rows, methods, options.seeds, beside, not table.quick)
     table.write()
     show(table.facts["summary"], beside)
     print(f"left out: {table.left_out}\nwritten to {table.file.name}")

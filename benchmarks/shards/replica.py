@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods, separated by semicolons")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parsed, _ = parser.parse_known_args()
-    what = "budgets" if parsed.budgets else "replica"
-    table = Table(f"shards_{what}_{parsed.preset}", __doc__, parser)
+    table = Table(
+        lambda o: f"shards_{'budgets' if o.budgets else 'replica'}_{o.preset}", __doc__, parser
+    )
     options = table.options
     size = PRESETS[options.preset]
     if table.quick:
@@ -83,7 +83,7 @@ def main() -> None:
     print(f"base: {bench.base_losses}", flush=True)
     runs = {name: partial(bench.run, make) for name, make in methods.items()}
     sweep(table, runs, dict.fromkeys(runs, rates), options.seeds)
-    table.facts["summary"] = summary(table.rows, methods, options.seeds, BESIDE)
+    table.facts["summary"] = summary(table.rows, methods, options.seeds, BESIDE, not table.quick)
     table.write()
     show(table.facts["summary"], BESIDE)
     print(f"left out: {table.left_out}\nwritten to {table.file.name}")
