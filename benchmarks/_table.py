@@ -6,7 +6,7 @@
 
 ``--quick`` runs at a small size into a temporary folder; ``--minutes`` caps the time: rows that do
 not fit are left out and said so. ``--part 3/14`` computes every fourteenth row, so that one process
-a core shares the work, each with an ``--out`` of its own; ``--join FILE ...`` takes their rows over.
+a core shares the work, each with its own ``--out``; ``--join FILE ...`` takes their rows over.
 """
 
 import argparse
