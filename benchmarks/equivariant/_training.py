@@ -47,51 +47,57 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train all rows together, each as ``training.Loop`` would; what it took.
 
-    Without ``epochs``, the trial that measures a step counts as training time, and what it changes
-    is undone.
+    Without ``epochs``, a trial says how many steps will fit, and what it changes is undone. The
+    learning rate then follows the time and not the step: whatever else comes to use the machine,
+    training ends when the seconds are over, with the rate at zero.
     """
     keep_freed_memory()
     epoch = max(rows[0].batches.size // rows[0].batches.batch_size, 1)
-    begun, steps = time.monotonic(), epochs * epoch
+    begun, steps, end = time.monotonic(), epochs * epoch, None
     if not epochs:
         kept = [{k: v.clone() for k, v in row.task.state_dict().items()} for row in rows]
         each = trial(rows)
         for row, state in zip(rows, kept, strict=True):
             row.task.load_state_dict(state)
-        room = seconds - (time.monotonic() - begun)
-        for row in rows:
-            if row.evaluate is not None:
-                start = time.monotonic()
-                row.evaluate()
-                room -= (evaluations + 1) * (time.monotonic() - start)
-        steps = max(int(0.97 * room / each), 20)
+        end = begun + 0.98 * seconds
+        steps = max(int((end - time.monotonic()) / each), 20)
     processor = time.process_time()
-    train(rows, steps, max(steps // evaluations, 1))
+    done = train(rows, steps, evaluations, end)
     taken = time.monotonic() - begun
     return [
         {
             "parameters": sum(p.numel() for p in row.task.parameters()),
-            "steps": steps,
-            "epochs": steps / epoch,
+            "steps": done,
+            "epochs": done / epoch,
             "trained_together": len(rows),
             "seconds": taken,
             "processor_seconds": time.process_time() - processor,
-            "ms_per_step": 1000 * taken / steps,
+            "ms_per_step": 1000 * taken / done,
         }
         for row in rows
     ]
 
 
-def train(rows: Sequence[Row], steps: int, every: int) -> None:
-    """Step by step, one row after another on its own stream."""
+def train(rows: Sequence[Row], steps: int, evaluations: int, end: float | None) -> int:
+    """Step by step, one row after another on its own stream; the number of steps. With an ``end``,
+    the place in the schedule of ``steps`` is the share of the time that is over."""
     updates, streams = zip(*(start(row, steps) for row in rows), strict=True)
+    begun, step, place, seen = time.monotonic(), 0, 0, 0
     with same_streams_after():
-        for step in range(steps):
+        while place < steps:
             for row, update, stream in zip(rows, updates, streams, strict=True):
                 reseed(row.config["seed"], step)
                 with stream():
-                    update.apply(update.prepare(row.batches[step], step))
-            if (step + 1) % every == 0 or step + 1 == steps:
+                    update.apply(update.prepare(row.batches[step], place))
+            step += 1
+            if step % 50 == 0:
+                wait(updates[0])  # the host must not run ahead of the clock
+            share = step / steps
+            if end is not None:
+                share = (time.monotonic() - begun) / (end - begun)
+            place = int(share * steps)
+            if int(share * evaluations) > seen:
+                seen = int(share * evaluations)
                 for row, update in zip(rows, updates, strict=True):
                     if row.evaluate is not None:
                         wait(update)
@@ -102,6 +108,7 @@ def train(rows: Sequence[Row], steps: int, every: int) -> None:
             row.task.load_state_dict(row.best)
         else:
             update.keep_average()
+    return step
 
 
 def start(row: Row, steps: int) -> tuple[Captured, Callable[[], Any]]:
