@@ -9,7 +9,8 @@ weights have been trained before until they settled.
     audit (plain)       the same in the plain metric
     lowest cosine       low-rank deltas where uses agree least
     random              tensors, kinds and groups at random
-    first / last        low-rank deltas from the first (last) tensors on
+    first / last        low-rank deltas from the first (last) tensors on, of a rank with which all
+                        of them would cost three budgets
     everywhere          low-rank deltas of one rank on every tensor
     nothing             the shared weights alone
 
@@ -25,6 +26,7 @@ neither); ``--quick`` takes the model and the text that ship.
 
 import argparse
 import copy
+import math
 import random
 import statistics
 import sys
@@ -36,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table, spread
 
-from weightshare.audit import ProbeConfig, Unsharing, apply, audit, probe, spend
+from weightshare.audit import ProbeConfig, Suggestion, Unsharing, apply, audit, probe, spend
 from weightshare.audit.honesty import _Cycle, _MeanLoss, rank_correlation
 from weightshare.audit.language import language_loss, text_batches
 from weightshare.audit.suggest import found_groups, predict
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models whose name begins so")
     parser.add_argument("--moment", choices=(*MOMENTS, "both"), default="both")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the saved parameters")
+    parser.add_argument("--ways", default="", help="only these ways to spend, comma separated")
     parser.add_argument("--capture", action="store_true", help="training steps as CUDA graphs")
     table = Table("audit_unsharing", __doc__, parser)
     options = table.options
@@ -82,15 +85,17 @@ def main() -> None:
     for name, text, groups in cases:
         for moment in moments:
             for seed in SEEDS[:1] if table.quick else SEEDS:
+                ways = f", {options.ways} on {options.device}" if options.ways else ""
                 table.row(
-                    f"{name}, {[list(group) for group in groups]}, {moment}, seed {seed}",
+                    f"{name}, {[list(group) for group in groups]}, {moment}, seed {seed}{ways}",
                     lambda c=(name, text, groups, moment, seed): one(*c, steps, options),
                 )
                 if table.rows:
                     table.facts |= summary(table.rows)
                     table.write()
     for part, title in (("spent", "bought at one budget"), ("clause", "predicted and realised")):
-        show_table(title, [{k: _short(v) for k, v in r.items()} for r in table.facts[part]])
+        if rows := table.facts.get(part):
+            show_table(title, [{k: _short(v) for k, v in row.items()} for row in rows])
     if table.left_out:
         print("not run for lack of time:", "; ".join(table.left_out))
 
@@ -123,6 +128,9 @@ def one(name, text, groups, moment, seed, steps, options):
     )
     row["agreement"] = {f.layer.name: round(f.agreement, 3) for f in found.findings}
     row["advised"] = [f.layer.name for f in found.findings if f.split.advised]
+    saved = size(model).saved - model.get_input_embeddings().weight.numel()
+    budget = int(options.budget * saved)
+    row |= {"saved": saved, "budget": budget, "loss": {}, "added": {}, "trials": []}
     offers = [
         Unsharing(kind, f.layer, groups_of, rank)
         for f in found.findings
@@ -131,13 +139,16 @@ def one(name, text, groups, moment, seed, steps, options):
     ]
     if options.quick:
         offers = offers[:8]
+    ways = options.ways.split(",") if options.ways else []
     adam, plain = (
-        predict(model, audited, language_loss, offers, metric=metric, bends=2) for metric in METRICS
+        predict(model, audited, language_loss, offers, metric=metric, bends=2)
+        if not ways or any("audit" in way for way in ways)
+        else [Suggestion(offer, added=offer.added(model)) for offer in offers]
+        for metric in METRICS
     )
-    saved = size(model).saved - model.get_input_embeddings().weight.numel()
-    budget = int(options.budget * saved)
-    row |= {"saved": saved, "budget": budget, "loss": {}, "added": {}}
     for strategy, chosen in strategies(model, found, adam, plain, budget, seed).items():
+        if ways and strategy not in ways:
+            continue
         student = copy.deepcopy(model)
         for unsharing in chosen:
             apply(student, unsharing, seed=seed)
@@ -145,6 +156,8 @@ def one(name, text, groups, moment, seed, steps, options):
         fit(student, train, steps["spend"], seed, options.capture)
         row["loss"][strategy] = held(student, heldout)
 
+    if ways:
+        return row | {"moment": f"{moment}, on {options.device}"}
     config = ProbeConfig(
         suggested=2 if options.quick else 6,
         random=2 if options.quick else 10,
@@ -176,28 +189,27 @@ def strategies(model, found, adam, plain, budget, seed):
     offers = [s.unsharing for s in adam]
 
     def deltas(layers, rank):
-        return [
-            u
-            for x in layers
-            for u in offers
-            if u.layer == x and (u.kind, u.rank) == ("low_rank", rank)
-        ]
+        wanted = {u.layer: u for u in offers if (u.kind, u.rank) == ("low_rank", rank)}
+        return [wanted[layer] for layer in layers if layer in wanted]
 
     disagreeing = [f.layer for f in found.findings if "layers" in f.layer.name]
     by_depth = sorted(disagreeing, key=lambda layer: layer.name)
-    rank, everywhere, chosen = 0, [], []
-    while rank < 64 and cost_of(model, everywhere) <= budget:
-        rank, chosen = rank + 1, everywhere
-        everywhere = [replace(u, rank=rank) for u in deltas(by_depth, RANKS[0])]
+
+    def every(rank):
+        return [replace(u, rank=rank) for u in deltas(by_depth, RANKS[0])]
+
+    fitting = max((r for r in range(1, 65) if cost_of(model, every(r)) <= budget), default=1)
+    large = next((r for r in range(1, 65) if cost_of(model, every(r)) >= 3 * budget), 64)
+    in_order = {u.layer: u for u in every(large)}
     return {
         "nothing": [],
         "audit (adam)": spend(adam, budget),
         "audit (plain)": spend(plain, budget),
-        "lowest cosine": fill(model, deltas(disagreeing, 8), budget),
+        "lowest cosine": fill(model, [in_order[x] for x in disagreeing if x in in_order], budget),
         "random": at_random(model, offers, budget, seed),
-        "first": fill(model, deltas(by_depth, 8), budget),
-        "last": fill(model, deltas(by_depth[::-1], 8), budget),
-        "everywhere": chosen,
+        "first": fill(model, [in_order[x] for x in by_depth if x in in_order], budget),
+        "last": fill(model, [in_order[x] for x in by_depth[::-1] if x in in_order], budget),
+        "everywhere": every(fitting),
     }
 
 
@@ -268,7 +280,7 @@ def spent(rows):
             if strategy == "nothing":
                 continue
             gains = [row["loss"]["nothing"] - row["loss"][strategy] for row in mine]
-            over = [row["loss"]["random"] - row["loss"][strategy] for row in mine]
+            over = [row["loss"].get("random", math.nan) - row["loss"][strategy] for row in mine]
             bought, better = spread(gains), spread(over)
             added = statistics.mean(row["added"][strategy] for row in mine)
             table.append(
@@ -292,9 +304,10 @@ def clause(rows):
     The interval is a bootstrap over trials, resampled inside each row.
     """
     table = []
-    cases = by_case(rows)
+    tried = {name: row for name, row in rows.items() if row["trials"]}
+    cases = by_case(tried)
     for moment in MOMENTS:
-        together = [row for row in rows.values() if row["moment"] == moment]
+        together = [row for row in tried.values() if row["moment"] == moment]
         if together:
             cases[f"all, {moment}"] = together
     for case, mine in cases.items():
