@@ -185,9 +185,10 @@ def main() -> None:
     table.rows = {name: table.rows[name] for name in order if name in table.rows}
     table.facts |= summaries(table.rows)
     if options.join:
-        # Rows that were computed elsewhere keep the place where they were.
-        part = json.loads(options.join[0].read_text(encoding="utf-8"))
-        table.facts |= {key: part[key] for key in ("device", "torch", "python", "trained_on")}
+        # Rows that were computed elsewhere keep the places where they were.
+        parts = [json.loads(file.read_text(encoding="utf-8")) for file in options.join]
+        for key in ("device", "torch", "python", "trained_on"):
+            table.facts[key] = " and ".join(sorted({part[key] for part in parts}))
         start = f" --first-seed {options.first_seed}" if options.first_seed else ""
         command = f"python benchmarks/federated/attacks.py --data {options.data}{start}"
         table.facts |= {"command": command}
