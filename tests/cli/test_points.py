@@ -207,6 +207,8 @@ def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
         (["nbody", "--hidden", "0"], "--hidden is 0"),
         (["nbody", "--ema", "1"], "--ema is 1"),
         (["nbody", "--test-size", "-1"], "--test-size is -1"),
+        (["nbody", "--cutoff", "3"], "--cutoff is for files"),
+        (["FILE", "--signs"], "--signs is for nbody"),
         (["FILE", "--unit", "kJ"], "unit 'kJ'"),
         (["FILE", "--train-size", "40"], "too few"),
         (["FILE", "--test", "/nowhere.npz"], "No data set"),
