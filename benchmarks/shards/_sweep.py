@@ -57,9 +57,16 @@ def sweep(
 
 
 def summary(
-    rows: Mapping[str, Any], methods: Iterable[str], seeds: int, beside: Mapping[str, str]
+    rows: Mapping[str, Any],
+    methods: Iterable[str],
+    seeds: int,
+    beside: Mapping[str, str],
+    finished: bool = True,
 ) -> dict[str, Any]:
     """By method: best rate, mean over seeds with its interval, and paired differences.
+
+    With ``finished``, a method whose best rate is the lowest or highest tried is left out: its
+    sweep was cut short, and its loss says little.
 
     ``beside`` names the methods to be compared with: ``{"lora": "LoRA r=2"}`` gives ``to_lora``
     with the half width of its 95 % interval and the p value of the paired t test.
@@ -76,6 +83,8 @@ def summary(
         if not swept:
             continue
         best = min(swept, key=swept.__getitem__)
+        if finished and best in (min(swept, key=float), max(swept, key=float)):
+            continue
         keys = [f"{name} | {best} | {seed}" for seed in range(seeds)]
         runs = [rows[key]["judged"] for key in keys if key in rows]
         over = spread(runs)

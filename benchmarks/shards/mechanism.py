@@ -1,14 +1,16 @@
 """When sharing shards helps: known updates of 16 layers, approximated at equal budget.
 
-    python benchmarks/shards/mechanism.py [--quick]
+    python benchmarks/shards/mechanism.py [--quick] [--budgets]
 
 Layer k is to be changed by U_k Q_k S V_k' of rank 8 (singular values 0.8^i, Q_k a random rotation).
 U_k and V_k mix a part that all layers have in common, of share c, with one of their own. Every
 method fits all 16 changes with as many numbers as LoRA of rank 2; what is shown is the relative
 squared error, the mean over seeds with its interval. With c = 0 the layers have nothing in common,
-with c = 1 all their rows and columns lie in one space.
+with c = 1 all their rows and columns lie in one space. ``--budgets`` varies the budget instead,
+also below LoRA of rank 1, for LoRA and for dissociated subsets of whole vectors.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -46,12 +48,29 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
-    table = Table("shards_mechanism", __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--budgets", action="store_true", help="the curve over budgets")
+    parsed, _ = parser.parse_known_args()
+    name = "shards_mechanism_budgets" if parsed.budgets else "shards_mechanism"
+    table = Table(name, __doc__, parser)
     seeds, steps = (2, 100) if table.quick else (5, 1500)
-    for name, options in METHODS.items():
+    for name, options in (budgets() if parsed.budgets else METHODS).items():
         table.row(name, lambda options=options: errors(options, seeds, steps))
     columns = [f"c={share:g}" for share in SHARES]
     table.show([*columns, *(f"± {column}" for column in columns)])
+
+
+def budgets() -> dict[str, dict[str, object]]:
+    """LoRA and subsets of whole vectors, of a rank that holds the change where the pool allows."""
+    found: dict[str, dict[str, object]] = {}
+    for e in (0.25, 0.5, 1, 2, 4):
+        if e >= 1:
+            found[f"LoRA e={e}"] = {"equivalent_rank": e, "rank": e, "private_rank": e}
+        rank = min(max(RANK, round(4 * e)), int(e * LAYERS))
+        found[f"subset e={e:g}"] = {"equivalent_rank": e, "rank": rank}
+    for options in found.values():
+        options["shards_per_vector"] = 1
+    return found
 
 
 def errors(options: dict[str, object], seeds: int, steps: int) -> dict[str, float]:
@@ -100,7 +119,7 @@ def fit(options: dict[str, object], seeds: int, steps: int) -> Tensor:
         pools.append(nn.Parameter(start if pool.side == "A" else 0 * start))
         sources = [{"x": torch.tensor(index)} for index in pool.indices]
         uses.append(Uses("x", pool.rows, sources).prepare(torch.device("cpu")))
-    assert sum(p.numel() for p in pools) == problems * BUDGET * LAYERS * 2 * WIDTH
+    assert sum(p.numel() for p in pools) == problems * config.equivalent_rank * LAYERS * 2 * WIDTH
     optimizer = torch.optim.Adam(pools, lr=2e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     error = torch.zeros(problems)
