@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from weightshare.cli.options import dashed
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def check(config: "PointsConfig") -> None:
     """Refuse options that cannot be."""
     for name in ("hidden", "layers", "basis", "epochs", "batch_size"):
         if config.size(name) < 1:
-            raise UserError(f"{dashed(name)} is {config.size(name)}; give 1 or more.")
+            raise UserError(f"--{dashed(name)} is {config.size(name)}; give 1 or more.")
     if config.size("orientations") < (1 if config.data == "nbody" else 0):
         raise UserError(
             f"--orientations is {config.size('orientations')}; give 1 or more (0, positions alone, "
@@ -44,16 +45,11 @@ def check(config: "PointsConfig") -> None:
         raise UserError(f"--ema is {config.size('ema')}; give 0 for none, or a decay below 1.")
     for name in ("train_size", "valid_size", "test_size", "cutoff", "rotations"):
         if getattr(config, name) < 0:
-            raise UserError(f"{dashed(name)} is {getattr(config, name)}; give 0 or more.")
+            raise UserError(f"--{dashed(name)} is {getattr(config, name)}; give 0 or more.")
     files = "files of structures"
     kind = config.data if config.data in ("nbody", "qm9") else files
     only = {"momentum": "nbody", "signs": "nbody"}
     only |= dict.fromkeys(("test", "cutoff", "stress_weight"), files)
     for name, data in only.items():
         if getattr(config, name) and data != kind:
-            raise UserError(f"{dashed(name)} is for {data}, not for {kind}; leave it out.")
-
-
-def dashed(name: str) -> str:
-    """The option that sets a field."""
-    return "--" + name.replace("_", "-")
+            raise UserError(f"--{dashed(name)} is for {data}, not for {kind}; leave it out.")
