@@ -55,8 +55,8 @@ class TuneConfig:
         accumulate: parts a batch is cut into, for less memory.
         sequence_length: tokens per sequence, 0 for the model's own limit, at most 512.
         packing: put several instructions into one sequence; later ones then see the earlier.
-        learning_rate: peak, then linear to zero; by default 2e-3 for mos, 1e-3 for lora and 5e-3
-            for the others, of which only the first two were measured.
+        learning_rate: peak, then linear to zero; by default 2e-3 for mos, 1e-3 for lora, 8e-3 for
+            unilora, vblora and vera, and 5e-3 for methods that were not measured; better, sweep it.
         sweep: learning rates to try first, separated by commas; the best on held-out data is used.
         sweep_steps: steps of each trial; 0 for as many as in the run.
         warmup_fraction: share of the steps that warm up.

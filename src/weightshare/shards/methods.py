@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from weightshare.errors import UserError
 from weightshare.shards.planning import Target
 
-LEARNING_RATES = {"lora": 1e-3, "mos": 2e-3}
-"""Best of a sweep on SmolLM2-135M with alpha 16; the other methods were not swept there."""
+LEARNING_RATES = {"lora": 1e-3, "mos": 2e-3, "unilora": 8e-3, "vblora": 8e-3, "vera": 8e-3}
+"""LoRA's and MoS's are the best of a sweep on SmolLM2-135M with alpha 16. The other three were not
+swept there; in benchmarks/shards/replica.py each wanted eight times LoRA's rate."""
 USUAL_RATE = 5e-3
 VB_WIDTH = 256
 """Vector length of VB-LoRA (Li et al. 2024); less where it does not divide the layers."""
