@@ -103,7 +103,8 @@ def main() -> None:
 def one(name, text, groups, moment, seed, steps, options):
     """One model, fold, moment and seed."""
     device = torch.device(options.device)
-    source = load_model(name, device=device)
+    # Stored in bfloat16, steps of training would vanish in the weights.
+    source = load_model(name, dtype="fp32", device=device)
     documents = read_documents(text)
     cut = len(documents) * 4 // 5
     few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 8)
@@ -141,8 +142,8 @@ def one(name, text, groups, moment, seed, steps, options):
         offers = offers[:8]
     ways = options.ways.split(",") if options.ways else []
     adam, plain = (
-        predict(model, audited, language_loss, offers, metric=metric, bends=2)
-        if not ways or any("audit" in way for way in ways)
+        predict(model, audited, language_loss, offers, metric=metric, bends=1)
+        if not ways or f"audit ({metric})" in ways
         else [Suggestion(offer, added=offer.added(model)) for offer in offers]
         for metric in METRICS
     )
@@ -280,8 +281,10 @@ def spent(rows):
             if strategy == "nothing":
                 continue
             gains = [row["loss"]["nothing"] - row["loss"][strategy] for row in mine]
-            over = [row["loss"].get("random", math.nan) - row["loss"][strategy] for row in mine]
-            bought, better = spread(gains), spread(over)
+            over = [
+                r["loss"]["random"] - r["loss"][strategy] for r in mine if "random" in r["loss"]
+            ]
+            bought, better = spread(gains), spread(over or [math.nan])
             added = statistics.mean(row["added"][strategy] for row in mine)
             table.append(
                 {
