@@ -143,6 +143,7 @@ def tune_stop(out: Path, short: bool) -> dict[str, Any]:
 
     from weightshare.cli.console import say
     from weightshare.cli.models import open_model
+    from weightshare.cli.ranks import ranks
     from weightshare.cli.tune import TuneConfig, read, trial, usual_rate
     from weightshare.cli.tune import run as tune
 
@@ -158,9 +159,9 @@ def tune_stop(out: Path, short: bool) -> dict[str, Any]:
     facts = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     source = open_model(config.model)
     data = read(config, source)
-    budget = config.equivalent_rank
+    budget = round(config.equivalent_rank)
     lora = replace(config, method="lora", rank=budget)
-    beside = trial(lora, source, data, usual_rate(lora))
+    beside = trial(lora, source, data, usual_rate(lora), ranks(config.device))
     say(f"held-out loss with LoRA of rank {budget}: {beside:.4f}")
     losses = facts["loss"]
     return {
