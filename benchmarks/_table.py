@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from weightshare.errors import UserError
 from weightshare.report import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,6 +111,15 @@ class Table:
         if self.left_out:
             print(f"not run for lack of time: {', '.join(self.left_out)}")
         print(f"written to {self.file.name}")
+
+
+def found_or_leave(find: Callable[[], Any]) -> Any:
+    """What ``find`` finds; where the data is not on this machine, the script ends, not failing."""
+    try:
+        return find()
+    except UserError as error:
+        print(f"not run: {error}")
+        sys.exit(0)
 
 
 def _text(value: Any) -> str:

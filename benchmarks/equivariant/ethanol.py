@@ -19,7 +19,7 @@ import torch
 from _training import Row, fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import Table
+from _table import Table, found_or_leave
 
 from weightshare.data import locate
 from weightshare.equivariant import (
@@ -104,7 +104,7 @@ def main() -> None:
     table = Table("equivariant_ethanol", __doc__, parser)
     options = table.options
     torch.set_float32_matmul_precision("high")
-    options.data = options.data or str(locate("ethanol_ccsdt_1000"))
+    options.data = options.data or str(found_or_leave(lambda: locate("ethanol_ccsdt_1000")))
     seconds = 15 if table.quick else options.seconds
     data = stack_molecules(read_structures(options.data))
     with np.load(options.data, allow_pickle=False) as file:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import Table, spread
+from _table import Table, found_or_leave, spread
 
 from weightshare.data import locate
 from weightshare.equivariant import PonitaPotential, read_structures
@@ -165,13 +165,16 @@ def against_ase(file: Path, motion: Motion, steps: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--potentials", type=Path, required=True)
+    parser.add_argument("--potentials", type=Path, help="folder of ethanol.py --keep")
     parser.add_argument("--picoseconds", type=float, default=10)
     parser.add_argument("--data", help="ethanol_ccsdt_1000.npz, default from WEIGHTSHARE_DATA")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("equivariant_nve", __doc__, parser)
     options = table.options
-    data = options.data or str(locate("ethanol_ccsdt_1000"))
+    data = options.data or str(found_or_leave(lambda: locate("ethanol_ccsdt_1000")))
+    if options.potentials is None:
+        print("not run: give the folder of ethanol.py --keep as --potentials")
+        return
     length = 0.02 if table.quick else options.picoseconds
     files = sorted(options.potentials.glob("ethanol-ponita*.safetensors"))
     names = [file.stem.removeprefix("ethanol-") for file in files]

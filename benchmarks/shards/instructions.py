@@ -52,7 +52,7 @@ USERS_BESIDE = {"one": "one LoRA r=2", "own": "LoRA r=1 for each"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="dolly-15k as JSON lines")
+    parser.add_argument("--data", type=Path, help="dolly-15k as JSON lines")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=Path, help="tokenised data, made if it is not there")
     parser.add_argument("--users", action="store_true", help="eight users instead of one")
@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table(lambda o: "shards_users" if o.users else "shards_instructions", __doc__, parser)
     options = table.options
+    if options.data is None:
+        print("not run: give dolly-15k as --data")
+        return
     if table.quick:
         options.steps, options.seeds, options.batch = 2, 1, 8
     bench = Bench(options, 256 if table.quick else LENGTH, 80 if table.quick else None)

@@ -1,6 +1,6 @@
 """The figures of docs/shards.md, drawn from the results that are there.
 
-    python benchmarks/shards/figures.py
+    python benchmarks/shards/_figures.py
 
 When sharing helps: error over the share that layers have in common (mechanism.py). What a budget
 buys: held-out loss over trained parameters (replica.py --budgets).
