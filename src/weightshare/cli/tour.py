@@ -144,8 +144,9 @@ def tune_stop(out: Path, short: bool) -> dict[str, Any]:
     from weightshare.cli.console import say
     from weightshare.cli.models import open_model
     from weightshare.cli.ranks import ranks
-    from weightshare.cli.tune import TuneConfig, read, trial, usual_rate
+    from weightshare.cli.tune import read, trial, usual_rate
     from weightshare.cli.tune import run as tune
+    from weightshare.cli.tune_config import TuneConfig
 
     config = TuneConfig(
         model="tiny",
