@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from weightshare.cli.options import dashed
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,14 +130,11 @@ def check(config: "AuditConfig") -> None:
     }
     for name, value in least.items():
         if getattr(config, name) < value:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least {value}."
-            )
+            raise UserError(f"--{dashed(name)} is {getattr(config, name)}; give at least {value}.")
     for name, value in {"sketch": 8, "sequence_length": 2}.items():
         if getattr(config, name) != 0 and getattr(config, name) < value:
             raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)}; "
-                f"give 0 or at least {value}."
+                f"--{dashed(name)} is {getattr(config, name)}; give 0 or at least {value}."
             )
     if not config.probe_learning_rate > 0:
         raise UserError(f"--probe-learning-rate is {config.probe_learning_rate}; give one above 0.")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from weightshare.folding.config import FoldConfig
     from weightshare.folding.plans import FoldPlan
     from weightshare.language import LanguageModel, Windows
+    from weightshare.training import RunLike
 
 CONFIG = "weightshare.folding.config:FoldConfig"
 EXTRA = "folding"
@@ -35,7 +36,7 @@ def run(config: "FoldConfig") -> None:
     from weightshare.cli.models import open_model
     from weightshare.cli.ranks import ranks
     from weightshare.cli.trackers import tracking
-    from weightshare.folding import Ranking, cure, facts, fold, plan, rank
+    from weightshare.folding import Ranking, facts, fold, plan, rank
     from weightshare.folding.blocks import BlockLosses
     from weightshare.folding.card import model_card, save_model
     from weightshare.folding.representatives import resolve
@@ -106,17 +107,7 @@ def run(config: "FoldConfig") -> None:
 
         # 3. Cure it.
         if config.cure.steps:
-            cure(
-                folded,
-                model,
-                texts["train"],
-                heldout[:WATCHED_WINDOWS],
-                config.cure,
-                seed=config.seed,
-                run=run,
-                accelerator=group.accelerator,
-                precision=precision_of(model),
-            )
+            cure_folded(config, model, folded, texts, group, run)
             scores["cured"] = evaluate(folded, heldout)
             cured = continuations(source, {"cured": folded}, heldout)
             samples = [{**row, **new} for row, new in zip(samples, cured, strict=True)]
@@ -151,9 +142,28 @@ def run(config: "FoldConfig") -> None:
         say(f"report: {run.path / 'report.html'}\nmodel:  {folder}")
 
 
-def precision_of(model: Any) -> str:
-    """Half-precision models are cured under autocast, all others in float32."""
-    return "bf16" if model.dtype.itemsize == 2 else "fp32"
+def cure_folded(
+    config: "FoldConfig",
+    model: Any,
+    folded: Any,
+    texts: dict[str, "Windows"],
+    group: "Ranks",
+    run: "RunLike",
+) -> None:
+    """Cure ``folded`` in place: half-precision models under autocast, all others in float32."""
+    from weightshare.folding import cure
+
+    cure(
+        folded,
+        model,
+        texts["train"],
+        texts["heldout"][:WATCHED_WINDOWS],
+        config.cure,
+        seed=config.seed,
+        run=run,
+        accelerator=group.accelerator,
+        precision="bf16" if model.dtype.itemsize == 2 else "fp32",
+    )
 
 
 def help_to_cure(
@@ -161,21 +171,12 @@ def help_to_cure(
 ) -> None:
     """What the processes behind the first do: wait for the plan, then train along."""
     from weightshare.cli.ranks import Follower
-    from weightshare.folding import FoldPlan, cure, fold
+    from weightshare.folding import FoldPlan, fold
 
     chosen = FoldPlan.from_dict(group.told())
     if config.cure.steps:
-        cure(
-            fold(source.model, chosen, texts["calibration"].input_ids),
-            source.model,
-            texts["train"],
-            texts["heldout"][:WATCHED_WINDOWS],
-            config.cure,
-            seed=config.seed,
-            run=Follower(config.out),
-            accelerator=group.accelerator,
-            precision=precision_of(source.model),
-        )
+        folded = fold(source.model, chosen, texts["calibration"].input_ids)
+        cure_folded(config, source.model, folded, texts, group, Follower(config.out))
 
 
 def block_list(text: str, option: str) -> list[int]:

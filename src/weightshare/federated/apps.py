@@ -12,21 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from weightshare.errors import UserError
 from weightshare.federated.config import FederateConfig, ReputationConfig
 from weightshare.federated.federation import run_rounds
-from weightshare.federated.participant import client_app
+from weightshare.federated.participant import client_app, found_by
 from weightshare.federated.roster import Roster
 from weightshare.federated.simulation import simulate
 from weightshare.federated.strategy import ReputationStrategy
 from weightshare.report.store import write_json
 
 server = ServerApp()
-client = ClientApp()
 
 
 def options(run_config: Mapping[str, Any]) -> FederateConfig:
@@ -94,13 +93,4 @@ def _participant(context: Context) -> ClientApp:
     return client_app(name, here.training, len(here.initial), here.examples[name])
 
 
-@client.train("personal")
-def personal(message: Message, context: Context) -> Message:
-    """Apply the reward, train, answer."""
-    return _participant(context)(message, context)
-
-
-@client.query("reward")
-def reward(message: Message, context: Context) -> Message:
-    """Apply the last reward."""
-    return _participant(context)(message, context)
+client = found_by(_participant)

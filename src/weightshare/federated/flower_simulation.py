@@ -18,7 +18,7 @@ from weightshare.federated import flower
 from weightshare.federated.config import FederateConfig
 from weightshare.federated.federation import run_rounds
 from weightshare.federated.grid import WithoutNetwork, key_of
-from weightshare.federated.participant import client_app
+from weightshare.federated.participant import client_app, found_by
 from weightshare.federated.simulation import simulate
 from weightshare.federated.strategy import ReputationStrategy
 
@@ -148,7 +148,6 @@ def run_under_flower(config: FederateConfig, cores: int = 1) -> ReputationStrate
 
 def participants_of(config: FederateConfig) -> ClientApp:
     """All participants as one app; which of them a node is, its partition says."""
-    app = ClientApp()
 
     def mine(context: Context) -> ClientApp:
         import torch
@@ -158,13 +157,7 @@ def participants_of(config: FederateConfig) -> ClientApp:
         name = sorted(here.examples)[int(context.node_config["partition-id"])]
         return client_app(name, here.training, len(here.initial), here.examples[name])
 
-    @app.train("personal")
-    def personal(message: Message, context: Context) -> Message:
-        return mine(context)(message, context)
-
-    @app.query("reward")
-    def reward(message: Message, context: Context) -> Message:
-        return mine(context)(message, context)
+    app = found_by(mine)
 
     @app.query("partition")
     def partition(message: Message, context: Context) -> Message:

@@ -1,6 +1,6 @@
 """A participant: it applies its reward, trains, answers, and remembers its model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,21 @@ def start_of(content: RecordDict, memory: Memory, dimension: int) -> Vector | No
         return None
     memory.model, memory.sent = model, None
     return model
+
+
+def found_by(find: Callable[[Context], ClientApp]) -> ClientApp:
+    """One app for many participants: ``find`` makes the app of the one that a context is of."""
+    app = ClientApp()
+
+    @app.train("personal")
+    def personal(message: Message, context: Context) -> Message:
+        return find(context)(message, context)
+
+    @app.query("reward")
+    def reward(message: Message, context: Context) -> Message:
+        return find(context)(message, context)
+
+    return app
 
 
 def client_app(
