@@ -185,16 +185,19 @@ def _spectral(
         )
     centre = torch.eye(k, dtype=d.dtype) - 1 / k
     values, vectors = torch.linalg.eigh(centre @ (1 - d) @ centre)
-    points = vectors[:, -max(1, groups - 1) :] * values[-max(1, groups - 1) :].clamp(min=0).sqrt()
+    spread = vectors * values.clamp(min=0).sqrt()
     best: tuple[float, list[int]] | None = None
-    for first in range(min(k, 8)):  # several farthest-first starts, no random stream
-        chosen = [first]
-        while len(chosen) < groups:
-            chosen.append(int(torch.cdist(points, points[chosen]).amin(1).argmax()))
-        assigned = _seeded(torch.cdist(points, points[chosen]), sizes)
-        cost, labels = _descend(d, assigned, groups, objective, sizes)
-        if best is None or cost < best[0] - 1e-12:
-            best = cost, labels
+    # Farthest-first starts, no random stream: in the leading directions, and in all of them, since
+    # without clear groups the leading ones tell little.
+    for points in (spread[:, -max(1, groups - 1) :], spread):
+        for first in range(min(k, 16)):
+            chosen = [first]
+            while len(chosen) < groups:
+                chosen.append(int(torch.cdist(points, points[chosen]).amin(1).argmax()))
+            assigned = _seeded(torch.cdist(points, points[chosen]), sizes)
+            cost, labels = _descend(d, assigned, groups, objective, sizes)
+            if best is None or cost < best[0] - 1e-12:
+                best = cost, labels
     assert best is not None
     return _as_groups(best[1])
 
