@@ -1,22 +1,19 @@
-"""Ethanol, CCSD(T): energy and force errors of a potential trained for a fixed time.
+"""Ethanol, CCSD(T): energy and force errors of a potential trained for a limited time.
 
     python benchmarks/equivariant/ethanol.py [--quick] [--seconds 170] [--networks ponita,pnita]
 
 Data: ethanol_ccsdt_1000.npz (WEIGHTSHARE_DATA or --data), 850 training, 50 validation and 99 test
 structures. The averaged weights of the last step are tested, plain and symmetrised over several
-rotations; standard errors are over test structures. ``--epochs`` trains for so many instead, where
-the machine is shared.
+rotations; standard errors are over test structures.
 """
 
 import argparse
-import functools
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _training import Row, fit
+from _training import Row, add_options, fill
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table, found_or_leave
@@ -94,31 +91,22 @@ def main() -> None:
     parser.add_argument("--data", help="ethanol_ccsdt_1000.npz, default from WEIGHTSHARE_DATA")
     parser.add_argument("--networks", default="ponita", help="ponita, pnita; -small, -reference")
     parser.add_argument("--keep", type=Path, help="folder for the trained potentials")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--seconds", type=float, default=170, help="training time of a row")
-    parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
-    parser.add_argument("--together", action="store_true", help="train all rows at once")
+    add_options(parser, 170)
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--average", type=float, default=0.99, help="decay of averaged weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("equivariant_ethanol", __doc__, parser)
     options = table.options
     torch.set_float32_matmul_precision("high")
     options.data = options.data or str(found_or_leave(lambda: locate("ethanol_ccsdt_1000")))
-    seconds = 15 if table.quick else options.seconds
+    if table.quick:
+        options.seconds = 15
     data = stack_molecules(read_structures(options.data))
     with np.load(options.data, allow_pickle=False) as file:
         parts = {part: torch.from_numpy(file[f"{part}_idx"]) for part in ("train", "test")}
     sets = {part: {k: v[index] for k, v in data.items()} for part, index in parts.items()}
     names = options.networks.split(",")
-    wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
-    wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
-    for group in [wanted] if options.together else [[pair] for pair in wanted]:
-        rows = [build(*pair, sets, options) for pair in group]
-        took = fit(rows, min(seconds, table.end - time.monotonic()), options.epochs)
-        for pair, row, about in zip(group, rows, took, strict=True):
-            figures = functools.partial(evaluate, *pair, row, sets, options)
-            table.row("{}, seed {}".format(*pair), lambda f=figures, a=about: {**a, **f()})
+    fill(table, names, lambda *pair: build(*pair, sets, options),
+         lambda *row: evaluate(*row, sets, options))  # fmt: skip
     table.show(
         ["epochs", "seconds", "energy_mae_mev", "force_mae_mev_a", "rotated_5_energy_mae_mev",
          "rotated_5_force_mae_mev_a"]

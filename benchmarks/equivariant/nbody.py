@@ -3,7 +3,7 @@
     python benchmarks/equivariant/nbody.py [--quick] [--seconds 180] [--seeds 0,1,2] [--device cuda]
 
 Data: nbody_small_7000.npz (WEIGHTSHARE_DATA or --data), else simulated. Per row: one network, one
-seed, a budget of seconds or of epochs; weights are averaged, the best by validation is tested.
+seed, a budget of epochs or seconds; weights are averaged, the best by validation is tested.
 
 Networks are named SIZE+CHANGE+CHANGE: see ``CHANGES``. ``--errors FOLDER`` keeps the error of every
 test trajectory there; ``--compare`` then adds for every network the difference to the first one,
@@ -11,15 +11,14 @@ paired over trajectories and averaged over the seeds that both have.
 """
 
 import argparse
-import functools
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _egnn import Egnn
-from _training import Row, fit
+from _training import Row, add_options, fill
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table
@@ -32,6 +31,7 @@ from weightshare.training import EpochBatches
 
 SIZES: dict[str, dict] = {
     "published": {"orientations": 16, "hidden": 128, "basis": 256, "layers": 5},
+    "medium": {"orientations": 20, "hidden": 64, "basis": 64, "layers": 5},
     "small": {"orientations": 8, "hidden": 32, "basis": 32, "layers": 3},
     "full": {
         "orientations": 12, "hidden": 48, "basis": 48, "layers": 5,
@@ -40,16 +40,45 @@ SIZES: dict[str, dict] = {
 }  # fmt: skip
 CHANGES: dict[str, dict] = {
     "dodecahedron": {"orientations": 20},
-    "narrow": {"hidden": 64, "basis": 64},
     "wide": {"hidden": 192},
     "unaveraged": {},
     "momentum": {},
     "signs": {},
+    "scales": {},
     "decay": {},
 }
-"""Sizes; plain weights; momentum conserved exactly; charges flipped at random; weight decay."""
+"""Sizes; plain weights; momentum conserved exactly; charges flipped at random, and over both signs
+at test time; other units of length at random; weight decay."""
 ROTATIONS = 5
 """Test-time rotations that are averaged over."""
+SPREAD = 0.15
+"""Standard deviation of the logarithm of the unit of length."""
+
+
+class Rescaled:
+    r"""Trajectories in other units of length: with :math:`x \to \lambda x` in the same time,
+    :math:`q \to \lambda^{3/2} q` obeys the same law of motion."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches, self.size, self.batch_size = batches, batches.size, batches.batch_size
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        batch = self.batches[step]
+        unit = (SPREAD * torch.randn(len(batch["charges"]), 1, 1)).exp()
+        moved = {name: batch[name] * unit for name in VECTORS}
+        return {**moved, "charges": batch["charges"] * unit[..., 0] ** 1.5}
+
+
+class Even(torch.nn.Module):
+    """The mean over both signs of the charges, since no force can tell them apart."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, charges: torch.Tensor, *rest: torch.Tensor, **more: Any):
+        one, other = (self.network(x, q, *rest, **more) for q in (charges, -charges))
+        return one._replace(vectors=(one.vectors + other.vectors) / 2)
 
 
 def load(path: str | None, quick: bool) -> dict[str, NBody]:
@@ -86,7 +115,7 @@ def build(name: str, seed: int, sets: dict[str, NBody], options: argparse.Namesp
     small = kind.endswith("small")
     return Row(
         task,
-        batches,
+        Rescaled(batches) if "scales" in changes else batches,
         {"vectors": VECTORS, "signs": ("charges",) if "signs" in changes else ()},
         {
             "learning_rate": 3e-3 if small else 1e-3, "clip": 0.5, "seed": seed,
@@ -95,6 +124,7 @@ def build(name: str, seed: int, sets: dict[str, NBody], options: argparse.Namesp
             "warmup_fraction": 0.03 if small else 0.01,
         },
         lambda: float(sample_errors(task, sets["valid"]).mean()),
+        10 if small else 40,
     )  # fmt: skip
 
 
@@ -107,7 +137,8 @@ def test(
     found["test_standard_error"] = float(errors["test"].std() / len(errors["test"]) ** 0.5)
     kept = {"": errors["test"]}
     if name.startswith("ponita"):
-        turned = DynamicsTask(symmetrise(task.network, ROTATIONS), task.horizon)
+        even = Even(task.network) if "+signs" in name else task.network
+        turned = DynamicsTask(symmetrise(even, ROTATIONS), task.horizon)
         kept["+rotated"] = sample_errors(turned, sets["test"])
         found[f"rotated_{ROTATIONS}_test_mse"] = float(kept["+rotated"].mean())
     if options.errors is not None:
@@ -142,18 +173,17 @@ def compare(folder: Path, first: str) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="nbody_small_7000.npz, default from WEIGHTSHARE_DATA")
-    parser.add_argument("--networks", default="ponita-published,egnn")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--seconds", type=float, default=180, help="training time of a row")
-    parser.add_argument("--epochs", type=int, default=0, help="instead of a time")
-    parser.add_argument("--together", action="store_true", help="train all rows at once")
+    parser.add_argument("--networks", help="default ponita-published,egnn")
+    add_options(parser, 180)
     parser.add_argument("--errors", type=Path, help="folder for the error of every trajectory")
     parser.add_argument("--compare", action="store_true", help="networks by what --errors holds")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table("equivariant_nbody", __doc__, parser)
     options = table.options
     torch.set_float32_matmul_precision("high")
-    names = ("ponita-small,egnn" if table.quick else options.networks).split(",")
+    if table.quick:
+        options.seconds = 8
+    names = options.networks or f"ponita-{'small' if table.quick else 'published'},egnn"
+    names = names.split(",")
     if options.compare:
         table.facts["compared"] = compare(options.errors, names[0])
         table.write()
@@ -163,17 +193,8 @@ def main() -> None:
     sets = load(options.data, table.quick)
     fitted = constant_velocity(sets["train"], sets["test"])
     table.row("constant velocity", lambda: {"test_mse": fitted})
-    seconds = 8 if table.quick else options.seconds
-    wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
-    wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
-    for group in [wanted] if options.together else [[pair] for pair in wanted]:
-        rows = [build(*pair, sets, options) for pair in group]
-        budget = min(seconds, table.end - time.monotonic())
-        few = all(name.startswith("ponita-small") for name, _ in group)
-        took = fit(rows, budget, options.epochs, evaluations=10 if few else 40)
-        for pair, row, about in zip(group, rows, took, strict=True):
-            figures = functools.partial(test, *pair, row, sets, options)
-            table.row("{}, seed {}".format(*pair), lambda f=figures, a=about: {**a, **f()})
+    fill(table, names, lambda *pair: build(*pair, sets, options),
+         lambda *row: test(*row, sets, options))  # fmt: skip
     table.show(["epochs", "processor_seconds", "valid_mse", "test_mse", "test_standard_error"])
 
 

@@ -5,19 +5,23 @@
 FOLDER holds ethanol-NAME-SEED.safetensors from ``ethanol.py --keep``. Five starts at 300 K (twice
 the kinetic energy at the first structures, so that half goes into vibration), velocity Verlet in
 float64. All starts run in one batch with both time steps, and on a GPU several steps are one CUDA
-graph; the first steps of one start are checked against ASE's integrator with the ASE calculator.
-Drift is the slope of the total energy, with the 95 % interval over starts; fluctuation is the
-standard deviation about that line.
+graph; where ASE is installed, the first steps of one start are checked against its integrator with
+our calculator. Drift is the slope of the total energy, with the 95 % interval over starts;
+fluctuation is the standard deviation about that line. What has been followed so far is written
+every half minute; a run that was cut goes on from there.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,6 +29,7 @@ from _table import Table, found_or_leave, spread
 
 from weightshare.data import locate
 from weightshare.equivariant import PonitaPotential, read_structures
+from weightshare.report import replacing
 
 KB = 8.617333262e-5
 """eV/K"""
@@ -36,6 +41,8 @@ STEPS = (0.25, 0.5)
 """Time steps in fs."""
 EVERY = 8
 """Steps between two recorded energies."""
+PAUSE = 30
+"""Seconds between two writings."""
 
 
 class Motion:
@@ -50,6 +57,14 @@ class Motion:
         self.mass = mass.to(x).unsqueeze(-1)
         said = potential(numbers, self.x)
         self.energy, self.pull = said.energy.clone(), said.forces.clone()
+        self.stream = torch.cuda.Stream() if x.is_cuda else None
+
+    def state(self) -> list[Tensor]:
+        return [self.x, self.v, self.energy, self.pull]
+
+    def put(self, state: Sequence[Tensor]) -> None:
+        for tensor, other in zip(self.state(), state, strict=True):
+            tensor.copy_(other)
 
     def step(self) -> None:
         self.v.add_(self.h / 2 * self.pull / self.mass)
@@ -63,22 +78,22 @@ class Motion:
         """Energy of each molecule in eV."""
         return self.energy + (self.mass * self.v.square()).sum((1, 2)) / 2
 
-    def run(self, steps: int) -> Any:
-        """A function that makes so many steps: on a GPU one CUDA graph, recorded now."""
-        if not self.x.is_cuda:
+    def run(self, steps: int) -> Callable[[], Any]:
+        """A function that makes so many steps: on a GPU one CUDA graph, recorded now, in a stream
+        of its own (cuBLAS has one workspace per stream, and graphs run side by side)."""
+        if self.stream is None:
             return lambda: [self.step() for _ in range(steps)]
-        kept = [t.clone() for t in (self.x, self.v, self.energy, self.pull)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        before = [t.clone() for t in self.state()]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             for _ in range(steps):
                 self.step()
-        for tensor, before in zip((self.x, self.v, self.energy, self.pull), kept, strict=True):
-            tensor.copy_(before)
+        self.put(before)
+        torch.cuda.synchronize()
         return graph.replay
 
 
@@ -98,30 +113,29 @@ def start(file: Path, data: str, device: str) -> Motion:
     return motion
 
 
-def simulate(motions: list[Motion], picoseconds: float, end: float) -> tuple[list[Any], float]:
-    """Total energies (records, molecules) of each motion in meV per atom, and ms of a step; all
-    motions side by side, each on its own stream, until the time is up."""
-    cuda = motions[0].x.is_cuda
-    streams = [torch.cuda.Stream() if cuda else None for _ in motions]
-    totals: list[list[Tensor]] = [[motion.total().clone()] for motion in motions]
+def simulate(
+    motions: list[Motion], totals: list[list[Tensor]], rounds: int, end: float
+) -> Iterator[float]:
+    """Follow all motions side by side and add their total energies in eV to ``totals``; gives way
+    every now and then, with the milliseconds of a step, the last time when the time is up."""
     advance = [motion.run(EVERY) for motion in motions]
-    rounds, begun = round(1000 * picoseconds / min(STEPS) / EVERY), time.monotonic()
-    if cuda:
-        torch.cuda.synchronize()
-    for done in range(1, rounds + 1):
-        for motion, go, stream, kept in zip(motions, advance, streams, totals, strict=True):
-            with torch.cuda.stream(stream):
+    paused, done = time.monotonic(), 0
+    while len(totals[0]) < rounds:
+        for motion, go, kept in zip(motions, advance, totals, strict=True):
+            with torch.cuda.stream(motion.stream):
                 go()
-                kept.append(motion.total().clone())
-        if done % 100 == 0:
-            if cuda:
+                kept.append(motion.total())
+        done += 1
+        last = len(totals[0]) == rounds
+        if last or done % 25 == 0 or motions[0].stream is None:
+            if motions[0].stream is not None:
                 torch.cuda.synchronize()
-            if time.monotonic() > end:
-                break
-    if cuda:
-        torch.cuda.synchronize()
-    each = 1000 * (time.monotonic() - begun) / (done * EVERY)
-    return [1000 * torch.stack(t).cpu().numpy() / motions[0].x.shape[1] for t in totals], each
+            now = time.monotonic()
+            if last or now > min(paused + PAUSE, end):
+                yield 1000 * (now - paused) / (done * EVERY)
+                paused, done = time.monotonic(), 0
+            if now > end:
+                return
 
 
 def drift(energies: np.ndarray, picoseconds: float) -> dict:
@@ -154,13 +168,30 @@ def against_ase(file: Path, motion: Motion, steps: int = 20) -> float:
     atoms.set_velocities(motion.v[0].cpu().numpy())
     atoms.calc = PonitaCalculator(file)
     VelocityVerlet(atoms, STEPS[0] * units.fs).run(steps)
-    kept = [t.clone() for t in (motion.x, motion.v, motion.energy, motion.pull)]
+    before = [t.clone() for t in motion.state()]
     for _ in range(steps):
         motion.step()
     off = np.abs(motion.x[0].cpu().numpy() - atoms.positions).max()
-    for tensor, before in zip((motion.x, motion.v, motion.energy, motion.pull), kept, strict=True):
-        tensor.copy_(before)
+    motion.put(before)
     return float(off)
+
+
+def keep(file: Path, motions: list[Motion], totals: list[list[Tensor]]) -> None:
+    """Where all motions are, and the energies so far."""
+    tensors = {f"{k},{i}": t for k, m in enumerate(motions) for i, t in enumerate(m.state())}
+    tensors |= {f"{k},totals": torch.stack(kept) for k, kept in enumerate(totals)}
+    with replacing(file) as path:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+
+
+def go_on(file: Path, motions: list[Motion]) -> list[list[Tensor]]:
+    """Put the motions where ``keep`` left them; the energies so far."""
+    if not file.is_file():
+        return [[motion.total()] for motion in motions]
+    tensors = load_file(file)
+    for k, motion in enumerate(motions):
+        motion.put([tensors[f"{k},{i}"] for i in range(len(motion.state()))])
+    return [[*tensors[f"{k},totals"].to(m.x.device)] for k, m in enumerate(motions)]
 
 
 def main() -> None:
@@ -178,15 +209,26 @@ def main() -> None:
     length = 0.02 if table.quick else options.picoseconds
     files = sorted(options.potentials.glob("ethanol-ponita*.safetensors"))
     names = [file.stem.removeprefix("ethanol-") for file in files]
-    if all(name in table.rows for name in names):
+    rounds = round(1000 * length / min(STEPS) / EVERY) + 1
+    state = table.file.with_suffix(".safetensors")
+    if table.rows and not state.is_file():  # finished
         return
     motions = [start(file, data, options.device) for file in files]
-    checked = [against_ase(file, motion) for file, motion in zip(files, motions, strict=True)]
-    found, each = simulate(motions, length, table.end - 5)
-    about = {"starts": STARTS, "ms_per_step_of_all": each}
-    for name, energies, off in zip(names, found, checked, strict=True):
-        figures = {**drift(energies, length), **about, "ase_difference": off}
-        table.row(name, lambda f=figures: f)
+    about: list[dict] = [{"starts": STARTS} for _ in files]
+    if importlib.util.find_spec("ase"):
+        for figures, file, motion in zip(about, files, motions, strict=True):
+            figures["ase_difference"] = against_ase(file, motion)
+    totals = go_on(state, motions)
+    for each in simulate(motions, totals, rounds, table.end):
+        keep(state, motions, totals)
+        for name, kept, figures in zip(names, totals, about, strict=True):
+            energies = 1000 * torch.stack(kept).cpu().numpy() / motions[0].x.shape[1]
+            figures["ms_per_step_of_all"] = each
+            table.rows[name] = {**drift(energies, length), **figures}
+        table.write()
+        print(f"{len(totals[0])} of {rounds} energies", file=sys.stderr, flush=True)
+    if len(totals[0]) == rounds:
+        state.unlink(missing_ok=True)
     table.show(
         [f"{name}_{fs}{unit}" for fs in STEPS for name, unit in
          (("drift", "_mev_atom_ps"), ("half_width", ""), ("fluctuation", "_mev_atom"))]

@@ -52,6 +52,27 @@ def test_fifty_captured_steps_are_fifty_eager_steps(options):
 
 @cuda
 @pytest.mark.gpu
+def test_captured_updates_side_by_side_do_not_disturb_each_other():
+    def weights(together):
+        config = LoopConfig(learning_rate=0.01, ema_decay=0.9)
+        tasks = [seeded(OnDevice).to("cuda") for _ in range(3)]
+        updates = [Captured(GradientUpdate.from_config(task, config)) for task in tasks]
+        streams = [torch.cuda.Stream() for _ in updates]
+        torch.cuda.synchronize()
+        for step in range(200):
+            for seed, (update, stream) in enumerate(zip(updates, streams, strict=True)):
+                with torch.cuda.stream(stream):
+                    update.apply(update.prepare(tokens(400, seed=100 * seed + step), step))
+                if not together:
+                    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        return torch.cat([p.detach().flatten() for task in tasks for p in task.parameters()])
+
+    assert (weights(True) - weights(False)).abs().max() < 1e-6
+
+
+@cuda
+@pytest.mark.gpu
 def test_a_captured_run_goes_on_from_a_checkpoint(run):
     train("cuda", True, steps=50, schedule="constant", warmup_fraction=0, run=run)
     _, resumed = train("cuda", True, steps=80, schedule="constant", warmup_fraction=0, run=run)

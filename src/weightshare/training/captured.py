@@ -21,6 +21,10 @@ class Captured(Update):
     copied into fixed buffers, so all must have one structure, shape and type. Loading a checkpoint
     drops the recording, and the warm-up begins again.
 
+    Several captured updates may be replayed side by side, each in a stream of its own from the
+    first step on: it is recorded there too, because cuBLAS has one workspace per stream, and graphs
+    that were recorded on one stream would write into the same while they run.
+
     Inside ``apply`` nothing may depend on values on the host: observers run while recording only,
     so what they do must be device work on tensors that stay; ``parts`` must not sample. Sampling
     belongs into ``prepare``.
@@ -74,7 +78,10 @@ class Captured(Update):
         self._inputs, self._form = _leaves(static), _form(tensors)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        here = torch.cuda.current_stream(self.device)
+        if here == torch.cuda.default_stream(self.device):  # nothing can be recorded there
+            here = torch.cuda.Stream(self.device)
+        with torch.cuda.graph(graph, stream=here):
             self._metrics = self.update.apply(static)
         self._graph = graph
 
