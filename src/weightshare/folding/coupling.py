@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightshare.folding.blocks import BlockLosses
-from weightshare.folding.gates import _frozen, gated
-from weightshare.folding.rankings import Ranking
+from weightshare.folding.gates import frozen, gated
+from weightshare.folding.order import Ranking, ascending
 from weightshare.language import evaluating, next_token_loss
 
 MOST_SUBSETS = 200_000
@@ -42,7 +42,7 @@ def gate_derivatives(losses: BlockLosses) -> tuple[Tensor, Tensor]:
         losses.block_runs += 2 * (blocks + 1) * blocks
         return [*slope.detach().tolist(), *torch.stack(rows).flatten().tolist(), float(count)]
 
-    with _frozen(losses.model), evaluating(losses.model):
+    with frozen(losses.model), evaluating(losses.model):
         means = torch.tensor(
             losses.mean("gate derivatives", lambda batch: compute(batch.ids)), dtype=torch.float64
         )
@@ -78,8 +78,6 @@ def rank_by_coupling(losses: BlockLosses, remove: int, protect: Sequence[int]) -
     chosen, predicted = best_subset(slope, hessian, remove, protect)
     alone = (hessian.diagonal() / 2 - slope).tolist()
     chosen.sort(key=alone.__getitem__)
-    rest = sorted(
-        set(range(losses.blocks)) - set(chosen), key=lambda b: (b in set(protect), alone[b])
-    )
+    rest = [block for block in ascending(alone, protect) if block not in chosen]
     found = {"slope": slope.tolist(), "hessian": hessian.tolist(), "predicted": predicted}
     return Ranking("coupling", alone, [*chosen, *rest], found)

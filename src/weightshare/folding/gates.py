@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from weightshare.folding.blocks import BlockLosses, Memo, no_memo
 from weightshare.folding.config import GateConfig
 from weightshare.folding.families import blocks_of
-from weightshare.folding.rankings import Ranking
+from weightshare.folding.order import Ranking, ascending
 from weightshare.language import distillation_loss, evaluating, next_token_loss
 
 GateLoss = Callable[[Tensor, int], Tensor]
@@ -266,7 +266,7 @@ def choose_by_gates(
     ranks = average_ranks(runs)
     candidates: list[list[int]] = []
     for scores in (ranks, *(run.gates for run in runs)):
-        order = sorted(range(blocks), key=lambda block: (block in set(protect), scores[block]))
+        order = ascending(scores, protect)
         if sorted(order[:remove]) not in [sorted(other[:remove]) for other in candidates]:
             candidates.append(order)
     best = min(candidates, key=lambda order: judge(order[:remove])) if remove else candidates[0]
@@ -291,7 +291,7 @@ def rank_by_gates(
     def judge(removed: list[int]) -> float:
         return losses.of([block for block in range(losses.blocks) if block not in removed])
 
-    with _frozen(model), evaluating(model), torch.enable_grad():
+    with frozen(model), evaluating(model), torch.enable_grad():
         order, ranks, runs = choose_by_gates(
             _model_loss(model, calibration, config, seed, protect),
             losses.blocks,
@@ -341,7 +341,7 @@ def _model_loss(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

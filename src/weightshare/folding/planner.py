@@ -12,6 +12,7 @@ from weightshare.errors import UserError
 from weightshare.folding.blocks import Batch, BlockLosses
 from weightshare.folding.families import block_sizes, check_family
 from weightshare.folding.gradients import gradient_distances
+from weightshare.folding.order import Ranking
 from weightshare.folding.plans import (
     BlockSizes,
     FoldPlan,
@@ -20,7 +21,6 @@ from weightshare.folding.plans import (
     merge_adjacent,
     take,
 )
-from weightshare.folding.rankings import Ranking
 from weightshare.sharing import contiguous
 
 GROUPINGS = ("adjacent", "distance", "agreement")

@@ -1,8 +1,6 @@
 """Every way to choose the blocks to remove, behind one function."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,35 +9,13 @@ from transformers import PreTrainedModel
 from weightshare.errors import UserError
 from weightshare.folding.blocks import BlockLosses, Memo, no_memo
 from weightshare.folding.config import RANKINGS, GateConfig
+from weightshare.folding.coupling import rank_by_coupling
 from weightshare.folding.families import blocks_of, check_family
+from weightshare.folding.gates import rank_by_gates
 from weightshare.folding.influence import angular_spans, block_influence, hidden_cosines
+from weightshare.folding.order import Ranking, ascending
+from weightshare.folding.plans import take
 from weightshare.folding.search import exhaustive, greedy, one_shot, swaps
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Blocks by importance. Block numbers are those of the ranked model.
-
-    Args:
-        method: the name of the ranking.
-        scores: importance of every block, higher is more important; comparable within one ranking.
-        order: blocks in the order of removal, least important first; at least as many as asked for.
-        metadata: what the method found on the way, and ``block_runs``, its cost.
-    """
-
-    method: str
-    scores: list[float]
-    order: list[int]
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Ranking":
-        """Read what ``to_dict`` wrote."""
-        return cls(**data)
 
 
 def rank(
@@ -89,14 +65,12 @@ def rank(
     say = progress or (lambda line: None)
     say(f"ranking {blocks} blocks by {method}")
     if method == "gates":
-        from weightshare.folding.gates import rank_by_gates
-
         ranking = rank_by_gates(losses, remove, protect, gates or GateConfig(), seed, say)
     else:
         ranking = _METHODS[method](losses, remove, protect, seed)
     if refine == "swaps" and remove:
         say("refining by swaps")
-        chosen, loss, made = swaps(losses, _first(ranking.order, remove, protect), protect)
+        chosen, loss, made = swaps(losses, take(ranking.order, remove, protect), protect)
         rest = [block for block in ranking.order if block not in chosen]
         found = {"swaps": made, "loss": loss, "before_swaps": ranking.order[:remove]}
         ranking = Ranking(method, ranking.scores, [*chosen, *rest], {**ranking.metadata, **found})
@@ -104,18 +78,9 @@ def rank(
     return ranking
 
 
-def _first(order: Sequence[int], count: int, protect: Sequence[int]) -> list[int]:
-    return [block for block in order if block not in set(protect)][:count]
-
-
-def _ascending(scores: Sequence[float], protect: Sequence[int]) -> list[int]:
-    """Blocks by score, protected ones last; equal scores go in order of depth."""
-    return sorted(range(len(scores)), key=lambda block: (block in set(protect), scores[block]))
-
-
 def _by_influence(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
     scores = block_influence(losses)
-    return Ranking("block_influence", scores, _ascending(scores, protect))
+    return Ranking("block_influence", scores, ascending(scores, protect))
 
 
 def _by_angle(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
@@ -130,14 +95,14 @@ def _by_angle(losses: BlockLosses, remove: int, protect: Sequence[int], seed: in
     start = min(free, key=spans.__getitem__)
     span = list(range(start, start + length))
     scores = angular_spans(cosines, 1)
-    rest = [block for block in _ascending(scores, protect) if block not in span]
+    rest = [block for block in ascending(scores, protect) if block not in span]
     return Ranking("angular", scores, [*span, *rest], {"spans": spans, "start": start})
 
 
 def _by_loss(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
     costs = one_shot(losses)
     scores = [costs[block] for block in range(losses.blocks)]
-    return Ranking("one_shot", scores, _ascending(scores, protect))
+    return Ranking("one_shot", scores, ascending(scores, protect))
 
 
 def _by_greed(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
@@ -151,7 +116,7 @@ def _by_greed(losses: BlockLosses, remove: int, protect: Sequence[int], seed: in
 def _at_random(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(losses.blocks, generator=generator, dtype=torch.float64).tolist()
-    return Ranking("random", scores, _ascending(scores, protect))
+    return Ranking("random", scores, ascending(scores, protect))
 
 
 def _by_all(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
@@ -165,15 +130,13 @@ def _by_all(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int)
         )
         for block in range(losses.blocks)
     ]
-    rest = [block for block in _ascending(scores, protect) if block not in best]
+    rest = [block for block in ascending(scores, protect) if block not in best]
     ordered = sorted(table.values())
     found = {"subsets": len(table), "best": ordered[0], "median": ordered[len(ordered) // 2]}
     return Ranking("exhaustive", scores, [*best, *rest], {**found, "worst": ordered[-1]})
 
 
 def _by_coupling(losses: BlockLosses, remove: int, protect: Sequence[int], seed: int) -> Ranking:
-    from weightshare.folding.coupling import rank_by_coupling
-
     return rank_by_coupling(losses, remove, protect)
 
 
