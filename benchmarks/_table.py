@@ -7,6 +7,7 @@
 ``--quick`` runs at a small size into a temporary folder; ``--minutes`` caps the time: rows that do
 not fit are left out and said so. ``--part 3/14`` computes every fourteenth row, so that one process
 a core shares the work, each with its own ``--out``; ``--join FILE ...`` takes their rows over.
+With ``--claims FOLDER`` processes share the rows as they get to them, however fast each is.
 """
 
 import argparse
@@ -46,12 +47,14 @@ class Table:
         parser.add_argument("--out", type=Path, help="results file")
         parser.add_argument("--part", default="1/1", help="which of how many parts of the rows")
         parser.add_argument("--join", type=Path, nargs="*", default=[], help="files of other parts")
+        parser.add_argument("--claims", type=Path, help="where processes say which row they do")
         self.options = parser.parse_args()
         name = name if isinstance(name, str) else name(self.options)
         self.part, self.parts = (int(number) for number in self.options.part.split("/"))
         self.asked = 0
         self.quick: bool = self.options.quick
         folder = Path(tempfile.mkdtemp()) if self.quick else RESULTS
+        self.name = name
         self.file: Path = self.options.out or folder / f"{name}.json"
         self.end = time.monotonic() + 60 * self.options.minutes
         self.left_out: list[str] = []
@@ -72,6 +75,8 @@ class Table:
             if time.monotonic() > self.end:
                 self.left_out.append(name)
                 return None
+            if not self._claimed(name):
+                return None
             begun = time.perf_counter()
             figures = dict(compute())
             figures.setdefault("seconds", round(time.perf_counter() - begun, 2))
@@ -80,6 +85,17 @@ class Table:
             shown = {k: v for k, v in figures.items() if isinstance(v, (int, float, str))}
             print(f"{name}: {shown}", flush=True)
         return self.rows[name]
+
+    def _claimed(self, name: str) -> bool:
+        """Whether the row is this process's: whoever makes its folder first computes it."""
+        if self.options.claims is None:
+            return True
+        folder = self.options.claims / self.name / name
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
 
     def write(self) -> None:
         """The results file, with what a reader needs to place the figures."""

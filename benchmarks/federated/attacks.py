@@ -5,7 +5,7 @@
 ``--data`` is digits, inside the library, or mnist, fashion_mnist or movie_reviews in
 WEIGHTSHARE_DATA. 10 honest participants; each adversary has half an honest share and samples of its
 own. Rows: the clean federation by partition, then A of 10 + A adversaries by attack. All rules and
-seeds of a row run in lockstep; a row is written when it is done.
+seeds of a row run in lockstep, their messages by reference; a row is written when it is done.
 
 Of each run: accuracy of the honest participants, the best adversary's, adversaries and honest
 removed (expelled, or suspended for invalid replies). ``passes`` counts the seeds in which no honest
@@ -32,6 +32,7 @@ from _table import Table, spread
 from weightshare.federated import fairness
 from weightshare.federated.config import FederateConfig
 from weightshare.federated.lockstep import Lockstep
+from weightshare.federated.samples import Samples, load_samples
 from weightshare.federated.simulation import Simulation, simulate
 
 RULES = (
@@ -52,6 +53,8 @@ ROOT = 50
 SIZES = {"digits": (0, 64), "movie_reviews": (6000, 16)}
 """Training samples and width by data set."""
 OTHERWISE = (6000, 64)
+IMAGES = (6060, 1500)
+"""Training and test images of MNIST's files that take part, drawn once for all rows."""
 
 
 def name_of(cell: tuple[str, str, int]) -> str:
@@ -66,6 +69,7 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
     samples, hidden = SIZES.get(options.data, OTHERWISE)
     lockstep = Lockstep(options.device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
+    data = some_of(load_samples(options.data))
     federations: dict[tuple[str, int], Simulation] = {}
     for seed in seeds:
         for rule in options.rules.split(","):
@@ -80,8 +84,11 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
                 hidden=hidden,
                 root_samples=ROOT if rule in ("robust+root", "fltrust") else 0,
                 seed=seed,
+                device=options.device,
             )
-            federations[rule, seed] = simulate(config, training=lockstep.training)
+            federations[rule, seed] = simulate(
+                config, training=lockstep.training, samples=data, as_bytes=False
+            )
     first = options.rules.split(",")[0]
     jobs = [federations[first, seed].alone for seed in seeds]
     jobs += [federation.run for federation in federations.values()]
@@ -93,6 +100,20 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
             for rule in options.rules.split(",")
         },
     }
+
+
+def some_of(samples: Samples) -> Samples:
+    """Of images as many as ``IMAGES`` says, in their order; texts and digits whole."""
+    if samples.train.ndim == 2 or len(samples.train) <= IMAGES[0]:
+        return samples
+    train, test = (
+        np.sort(np.random.default_rng(0).permutation(len(labels))[:count])
+        for labels, count in zip((samples.train_labels, samples.test_labels), IMAGES, strict=True)
+    )
+    return Samples(
+        samples.train[train], samples.train_labels[train],
+        samples.test[test], samples.test_labels[test],
+    )  # fmt: skip
 
 
 def outcome(here: Simulation, alone: dict[str, float]) -> dict:
@@ -128,6 +149,7 @@ def outcome(here: Simulation, alone: dict[str, float]) -> dict:
 def summaries(rows: dict[str, dict]) -> dict[str, dict]:
     """What pages show: text by row and rule."""
     tables: dict[str, dict] = {"accuracy": {}, "adversaries": {}, "fairness": {}, "passes": {}}
+    cells: dict[str, list[float]] = {}
     for name, figures in rows.items():
         alone = spread(list(figures["alone"].values()))
         tables["accuracy"][name] = {"alone": interval(alone)}
@@ -152,6 +174,12 @@ def summaries(rows: dict[str, dict]) -> dict[str, dict]:
             )
             won = sum(run["passes"] for run in each)
             tables["passes"].setdefault(name, {})[rule] = f"{won}/{len(each)}"
+            cells.setdefault(rule, []).append(won / len(each))
+    counted = {"on every seed": lambda won: won == 1, "on some": lambda won: 0 < won < 1}
+    tables["cells"] = {
+        f"cells passed {when}": {rule: sum(map(test, won)) for rule, won in cells.items()}
+        for when, test in counted.items()
+    } | {"cells run": {rule: len(won) for rule, won in cells.items()}}
     return tables
 
 
@@ -193,7 +221,7 @@ def main() -> None:
         command = f"python benchmarks/federated/attacks.py --data {options.data}{start}"
         table.facts |= {"command": command}
     table.write()
-    for title in ("accuracy", "adversaries", "fairness", "passes"):
+    for title in ("accuracy", "adversaries", "fairness", "passes", "cells"):
         print(f"\n{title}")
         for name, texts in table.facts[title].items():
             print(f"{name:20s}", texts)

@@ -64,3 +64,34 @@ def test_reviews_become_word_numbers_with_both_classes_on_either_side(tmp_path):
     (tmp_path / "rt-polarity.all.gz").write_bytes(b"0 plain text")
     with pytest.raises(UserError, match="movie reviews"):
         load_samples(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "attack"),
+    [("robust", "alie"), ("cgsv", "replay"), ("fedavg", "free_rider"), ("median", "identical")],
+)
+def test_the_quick_way_of_the_tables_ends_bit_for_bit_as_the_whole_way(strategy, attack):
+    config = options(strategy, attack=attack, adversaries=2)
+    whole, quick = simulate(config), simulate(config, as_bytes=False)
+    trained = whole.cohort._to_train
+    whole.cohort._to_train = dict  # everybody
+    whole.run()
+    quick.run()
+    for name, vector in whole.vectors().items():
+        assert quick.vectors()[name].tobytes() == vector.tobytes()
+    needed = {"alie": 4, "free_rider": 4, "replay": 6, "identical": 6}[attack]
+    everyone = dict.fromkeys(whole.examples, whole.initial)
+    assert len(trained(everyone)) == needed
+    assert len(trained({"x01": whole.initial})) == (attack != "free_rider")
+    assert quick.grid.received_bytes < whole.grid.received_bytes
+
+
+def test_a_stack_in_groups_is_the_stack_in_one_piece(monkeypatch):
+    here = simulate(options("reputation"))
+    starts = {n: here.initial + i for i, n in enumerate(here.honest)}
+    assert here.training.stack._together > len(starts)
+    together = here.training.train(starts, 2)
+    monkeypatch.setattr(here.training.stack, "_together", 3)
+    apart = here.training.train(starts, 2)
+    for name, vector in together.items():
+        np.testing.assert_allclose(apart[name], vector, atol=1e-6)

@@ -7,6 +7,7 @@ strongest adversary there is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -39,6 +40,9 @@ class Attack:
     """Samples of one class carry the label of another (1 and 7, or 1 and 0 where there are two)."""
     claims: float = 1.0
     """By what the claimed number of samples is multiplied."""
+    needs: Literal["always", "alone", "never"] = "always"
+    """When the honestly trained update matters: never, or only alone, where no honest participant
+    has answered. Otherwise the adversary need not be trained, and ``transform`` is given zeros."""
 
 
 def free_rider(update: Vector, now: Situation) -> Vector:
@@ -122,19 +126,19 @@ def _mean(now: Situation, otherwise: Vector) -> Vector:
 
 
 ATTACKS: dict[str, Attack] = {
-    "free_rider": Attack(free_rider),
+    "free_rider": Attack(free_rider, needs="never"),
     "label_flip": Attack(honest, flips=True),
     "sign_randomise": Attack(sign_randomise),
     "rescale": Attack(rescale),
     "value_invert": Attack(value_invert),
     "sign_flip": Attack(sign_flip),
     "scaled": Attack(scaled),
-    "inner_product": Attack(inner_product),
-    "alie": Attack(alie),
+    "inner_product": Attack(inner_product, needs="alone"),
+    "alie": Attack(alie, needs="alone"),
     "identical": Attack(identical),
-    "mimic": Attack(mimic),
+    "mimic": Attack(mimic, needs="alone"),
     "replay": Attack(replay),
-    "zero": Attack(zero),
+    "zero": Attack(zero, needs="never"),
     "late": Attack(late),
     "count_lie": Attack(sign_flip, claims=1e6),
 }

@@ -8,7 +8,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from weightshare.federated import flower
+from weightshare.federated import flower, wire
 from weightshare.federated.roster import Roster
 
 Reply: TypeAlias = Message | bytes | None
@@ -36,12 +36,14 @@ class InProcessGrid(WithoutNetwork):
     Args:
         names: the participants; each is a node whose key is derived from its name.
         answer: see ``Answer``; ``each_app`` makes one of ClientApps.
+        as_bytes: without, messages are handed over as they are, and bytes are those of their
+            arrays. For participants of our own only: a stranger's object may be anything.
     """
 
-    def __init__(self, names: Iterable[str], answer: Answer) -> None:
+    def __init__(self, names: Iterable[str], answer: Answer, as_bytes: bool = True) -> None:
         flower.ensure_identity()
         self.names = sorted(names)
-        self.answer = answer
+        self.answer, self.as_bytes = answer, as_bytes
         self.offline: set[str] = set()
         """Participants that cannot be reached at the moment."""
         self.sent_bytes = self.received_bytes = self.dropped = 0
@@ -84,9 +86,13 @@ class InProcessGrid(WithoutNetwork):
         for message in messages:
             self._count += 1
             identifier = hashlib.sha256(str(self._count).encode()).hexdigest()
-            data = flower.to_bytes(message)
-            self.sent_bytes += len(data)
-            delivered = flower.from_bytes(data)
+            delivered = message
+            if self.as_bytes:
+                data = flower.to_bytes(message)
+                self.sent_bytes += len(data)
+                delivered = flower.from_bytes(data)
+            else:
+                self.sent_bytes += wire.payload(message.content)
             flower.set_message_id(delivered, identifier)
             name = names[message.metadata.dst_node_id]
             open_[name] = delivered.metadata
@@ -95,19 +101,28 @@ class InProcessGrid(WithoutNetwork):
         for name, reply in self.answer(deliveries):
             if reply is None:
                 continue
-            data = reply if isinstance(reply, bytes) else flower.to_bytes(reply)
-            self.received_bytes += len(data)
-            received = self._received(data, name, open_.get(name))
+            received = self._received(reply, name, open_.get(name))
             if received is None:
                 self.dropped += 1
             else:
                 self._replies[received.metadata.reply_to_message_id] = received
         return [metadata.message_id for metadata in open_.values()]
 
-    def _received(self, data: bytes, name: str, order: Any) -> Message | None:
+    def _unpacked(self, reply: Message | bytes) -> Message | None:
+        if isinstance(reply, Message) and not self.as_bytes:
+            self.received_bytes += wire.payload(reply.content) if reply.has_content() else 0
+            return reply
+        data = reply if isinstance(reply, bytes) else flower.to_bytes(reply)
+        self.received_bytes += len(data)
         try:
-            reply = flower.from_bytes(data)
+            return flower.from_bytes(data)
         except ValueError:
+            return None
+
+    def _received(self, packed: Message | bytes, name: str, order: Any) -> Message | None:
+        """The reply, where it is what ``name`` was asked for, and the first."""
+        reply = self._unpacked(packed)
+        if reply is None:
             return None
         facts = reply.metadata
         if (

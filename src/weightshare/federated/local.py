@@ -1,5 +1,6 @@
 """Local training of participants by the library's loop, and the accuracy of many models at once."""
 
+import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from math import ceil
@@ -58,7 +59,8 @@ def set_weights(model: nn.Module, vector: Vector) -> None:
     """The inverse of ``weights_of``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
-        vector_to_parameters(torch.from_numpy(vector.copy()), parameters)
+        moved = torch.from_numpy(vector.copy()).to(parameters[0].device)
+        vector_to_parameters(moved, parameters)
 
 
 def layer_sizes(model: nn.Module) -> list[int]:
@@ -153,14 +155,16 @@ def accuracies(
     vectors: Mapping[str, Vector],
     data: Examples,
     flip: tuple[int, int] = (1, 7),
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Of each model on the same data.
+    """Of each model on the same data, computed on ``device``.
 
     Returns:
         by name, ``{"accuracy": share, "target": share of the flipped class that is recognised,
         "success": share of it that is taken for what the label-flip attack wants}``.
     """
-    inputs, labels = data
+    inputs, labels = (part.to(device) for part in data)
+    model = copy.deepcopy(model).to(device)
     result = {}
     for name, vector in vectors.items():
         set_weights(model, vector)

@@ -181,11 +181,23 @@ class Cohort:
                 start = start_of(content, memory, self.dimension)
                 if start is not None and kind == wire.TRAIN:
                     starts[name] = start
-        trained = self.training.train(starts, number)
-        updates = {name: trained[name] - starts[name] for name in starts}
+        trained = self.training.train(self._to_train(starts), number)
+        updates = {
+            name: trained[name] - start if name in trained else np.zeros_like(start)
+            for name, start in starts.items()
+        }
         honest = [updates[name] for name in sorted(updates) if name not in self.attacks]
         for name, message in deliveries:
             yield name, self._reply(name, message, number, starts, updates, honest)
+
+    def _to_train(self, starts: Mapping[str, Vector]) -> dict[str, Vector]:
+        """Without the adversaries whose own update has no part in what they send."""
+        spared = {"never"} if starts.keys() <= self.attacks.keys() else {"never", "alone"}
+        return {
+            name: start
+            for name, start in starts.items()
+            if name not in self.attacks or self.attacks[name].needs not in spared
+        }
 
     def _reply(
         self,

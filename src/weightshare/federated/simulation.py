@@ -38,7 +38,7 @@ from weightshare.federated.models import model_for
 from weightshare.federated.participant import Cohort, Memory
 from weightshare.federated.partitions import deal
 from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian
-from weightshare.federated.samples import load_samples
+from weightshare.federated.samples import Samples, load_samples
 from weightshare.federated.stacked import StackedTraining
 from weightshare.federated.strategy import ReputationStrategy
 from weightshare.federated.vectors import Vector
@@ -112,7 +112,9 @@ class Simulation:
         vectors = self.vectors()
         distinct = {vector.tobytes(): name for name, vector in vectors.items()}
         chosen = {name: vectors[name] for name in distinct.values()}
-        found = accuracies(self.task.model, chosen, self.test, self.flip)
+        found = accuracies(
+            self.task.model, chosen, self.test, self.flip, device_of(self.config.device)
+        )
         return {name: found[distinct[vector.tobytes()]] for name, vector in vectors.items()}
 
     def alone(self) -> dict[str, float]:
@@ -120,7 +122,8 @@ class Simulation:
         vectors: Mapping[str, Vector] = dict.fromkeys(self.honest, self.initial)
         for number in range(1, self.config.rounds + 1):
             vectors = self.training.train(vectors, number)
-        found = accuracies(self.task.model, vectors, self.test)
+        device = device_of(self.config.device)
+        found = accuracies(self.task.model, vectors, self.test, device=device)
         return {name: row["accuracy"] for name, row in found.items()}
 
     def save(self, folder: Path) -> None:
@@ -160,7 +163,11 @@ class Simulation:
 
 
 def simulate(
-    config: FederateConfig, folder: Path | None = None, training: MakeTraining | None = None
+    config: FederateConfig,
+    folder: Path | None = None,
+    training: MakeTraining | None = None,
+    samples: Samples | None = None,
+    as_bytes: bool = True,
 ) -> Simulation:
     """Build a federation.
 
@@ -168,13 +175,15 @@ def simulate(
         config: the command's options.
         folder: where a strategy of reputation keeps models and its log.
         training: local training other than the options say (``Lockstep.training``).
+        samples: the data, where they are loaded already.
+        as_bytes: pass every message through its bytes (``InProcessGrid``).
 
     Raises:
         UserError: options that cannot be used, or too little data for them.
     """
     config.check()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    samples = load_samples(config.data)
+    samples = samples or load_samples(config.data)
     total = len(samples.train_labels)
     if config.root_samples >= total:
         raise UserError(
@@ -232,7 +241,7 @@ def simulate(
         dict.fromkeys(evil, attack) if attack else {},
         seed=config.seed,
     )
-    grid = InProcessGrid(examples, cohort.answer)
+    grid = InProcessGrid(examples, cohort.answer, as_bytes)
     strategy = make_strategy(
         config,
         initial,
@@ -259,10 +268,13 @@ def simulate(
 
 
 def on(device: str) -> MakeTraining:
-    """Stacked training on a device; ``auto`` is CUDA where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return partial(StackedTraining, device=device)
+    """Stacked training on a device."""
+    return partial(StackedTraining, device=device_of(device))
+
+
+def device_of(name: str) -> str:
+    """``auto`` is CUDA where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def make_strategy(

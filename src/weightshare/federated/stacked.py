@@ -1,5 +1,6 @@
 """Local training of many simulated participants at once: one batched step for everybody."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,9 @@ from weightshare.federated.local import (
 from weightshare.federated.vectors import Vector
 from weightshare.training import Task, total
 
+CACHED = 1 << 22
+"""Weights of a group on the CPU: 16 MB, and as much again for their gradients."""
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -36,8 +40,9 @@ class Lesson:
 class Stack:
     """The steps of ``LoopTraining`` for many models at once, differentiated by ``vmap``.
 
-    Whoever has fewer steps leaves the stack earlier. For models without buffers and without
-    randomness.
+    Whoever has fewer steps leaves the stack earlier. On the CPU the stack is trained in groups
+    whose weights stay in the cache: of 320 perceptrons of 50,890 weights, each took 660 µs a step
+    in one piece and 360 µs in groups of 80. For models without buffers and without randomness.
 
     Args:
         task: gives structure and loss; its weights are not used.
@@ -56,26 +61,35 @@ class Stack:
         self._shapes = {n: p.shape for n, p in task.named_parameters() if p.requires_grad}
         self._edges = np.cumsum([0, *layer_sizes(task)]).tolist()
         self._gradient = vmap(grad(self._loss))
+        weights = sum(shape.numel() for shape in self._shapes.values())
+        self._together = max(1, CACHED // weights) if device == "cpu" else sys.maxsize
 
     def _loss(self, parameters: dict[str, Tensor], batch: Examples) -> Tensor:
         return total(functional_call(self.task, parameters, (batch,)))
 
     def train(self, lessons: Sequence[Lesson]) -> list[Vector]:
         """New weights of each lesson, in the order given."""
-        if not lessons:
-            return []
+        result: dict[int, Vector] = {}
         steps = [steps_of(len(lesson.data[1]), lesson.config) for lesson in lessons]
         order = sorted(range(len(lessons)), key=lambda i: -steps[i])
-        places = torch.zeros(steps[order[0]], len(lessons), self._batch(lessons), dtype=torch.long)
-        rates = torch.zeros(steps[order[0]], len(lessons))
-        for column, i in enumerate(order):
-            lesson = lessons[i]
+        for first in range(0, len(order), self._together):
+            group = order[first : first + self._together]
+            trained = self._train([lessons[i] for i in group])
+            result |= zip(group, trained, strict=True)
+        return [result[i] for i in range(len(lessons))]
+
+    def _train(self, lessons: Sequence[Lesson]) -> Vector:
+        """``(lessons, D)``; the number of steps falls from lesson to lesson."""
+        steps = [steps_of(len(lesson.data[1]), lesson.config) for lesson in lessons]
+        places = torch.zeros(steps[0], len(lessons), self._batch(lessons), dtype=torch.long)
+        rates = torch.zeros(steps[0], len(lessons))
+        for column, lesson in enumerate(lessons):
             rows, pace = _course(len(lesson.data[1]), lesson.name, lesson.number, lesson.config)
-            places[: steps[i], column] = rows + self._offsets[_key(lesson.data)]
-            rates[: steps[i], column] = pace
+            places[: steps[column], column] = rows + self._offsets[_key(lesson.data)]
+            rates[: steps[column], column] = pace
         places, rates = places.to(self.device), rates.to(self.device)
 
-        flat = torch.from_numpy(np.stack([lessons[i].start for i in order])).to(self.device)
+        flat = torch.from_numpy(np.stack([lesson.start for lesson in lessons])).to(self.device)
         stacks = {
             name: flat[:, a:b].reshape(-1, *shape).clone()
             for (name, shape), (a, b) in zip(
@@ -89,10 +103,9 @@ class Stack:
             gradients = self._gradient(now, (self._inputs[chosen], self._labels[chosen]))
             for name, gradient in gradients.items():
                 rate = rates[step, :active].view(-1, *[1] * (gradient.ndim - 1))
-                now[name].sub_(rate * gradient)
-        trained = torch.cat([stack.flatten(1) for stack in stacks.values()], 1).cpu().numpy()
-        result: dict[int, Vector] = {i: trained[column] for column, i in enumerate(order)}
-        return [result[i].copy() for i in range(len(lessons))]
+                now[name].addcmul_(rate, gradient, value=-1)
+        trained: Vector = torch.cat([s.flatten(1) for s in stacks.values()], 1).cpu().numpy()
+        return trained
 
     @staticmethod
     def _batch(lessons: Sequence[Lesson]) -> int:

@@ -52,8 +52,10 @@ def advance(model: Vector, sent: Vector | None, scale: float, reward: Vector | N
 
 
 def array(values: np.ndarray[Any, Any]) -> Array:
-    """A Flower array."""
-    return Array(np.ascontiguousarray(values))
+    """A flat array as Flower's, in one copy instead of the three of NumPy's writer."""
+    flat = np.ascontiguousarray(values)
+    data = b"".join((_header(flat.dtype.str, len(flat)), flat.data))
+    return Array(flat.dtype.name, flat.shape, "numpy.ndarray", data)
 
 
 def order(
@@ -82,7 +84,7 @@ def reward_in(content: RecordDict, dimension: int) -> Vector | None:
     if "reward" not in content:
         return None
     arrays = content["reward"]
-    values = arrays["values"].numpy()
+    values = read_vector(arrays["values"], arrays["values"].shape[0])
     if "support" not in arrays:
         return values
     support = np.unpackbits(arrays["support"].numpy(), count=dimension).astype(bool)
@@ -155,7 +157,7 @@ def read_measured(packed: Array, dimension: int) -> tuple[Vector, float]:
         raise Rejected("not float32")
     if tuple(packed.shape) != (dimension,):
         raise Rejected("another shape")
-    header = _header(dimension)
+    header = _header("<f4", dimension)
     if len(packed.data) != len(header) + 4 * dimension:
         raise Rejected("another length")
     if not packed.data.startswith(header):
@@ -167,9 +169,9 @@ def read_measured(packed: Array, dimension: int) -> tuple[Vector, float]:
     return vector, square
 
 
-@lru_cache(maxsize=8)
-def _header(dimension: int) -> bytes:
+@lru_cache(maxsize=64)
+def _header(kind: str, length: int) -> bytes:
     buffer = io.BytesIO()
-    facts = {"descr": "<f4", "fortran_order": False, "shape": (dimension,)}
+    facts = {"descr": kind, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(buffer, facts)
     return buffer.getvalue()
