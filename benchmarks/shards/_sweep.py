@@ -1,13 +1,17 @@
 """What the training tables of shard adapters share: one run on the device, rates, seeds, summary.
 
 Every method is swept over learning rates with seed 0, judged on watched data; the grid grows while
-the best rate lies at its edge. Other seeds run at that rate, and what is compared is the loss on
-other, judged data, paired by seed. With ``--part`` the methods, not the rows, are split over
-processes, because the best rate must be known before the seeds run.
+the best rate lies at its edge. When all are swept, other seeds run at those rates, one seed of
+every method after the other. What is compared is the loss on other, judged data, paired by seed.
+With ``--part`` the methods, not the rows, are split over processes, because the best rate must be
+known before the seeds run.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from _table import Table, spread
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from weightshare.errors import UserError
 from weightshare.training import Captured, GradientUpdate, LoopConfig, Place
@@ -31,29 +36,32 @@ def sweep(
     """Rows ``method | rate | seed`` of every method of this process's part."""
     part, parts = table.part, table.parts
     table.parts = 1
+    mine = [name for number, name in enumerate(methods) if number % parts == part % parts]
+    best = {name: best_rate(table, name, methods[name], rates[name]) for name in mine}
+    for seed in range(1, seeds):
+        for name, rate in best.items():
+            if rate is not None:
+                run = partial(methods[name], rate, seed)
+                table.row(f"{name} | {rate:g} | {seed}", run)
+
+
+def best_rate(table: Table, name: str, run: Run, rates: Sequence[float]) -> float | None:
+    """The rate of the lowest watched loss with seed 0; None where the time was too short."""
     most = 0 if table.quick else STEPS_OUT
-    for number, (name, run) in enumerate(methods.items()):
-        if number % parts != part % parts:
-            continue
-        found: dict[float, float] = {}
-        waiting = sorted(rates[name])
-        grown = 0
-        while waiting:
-            rate = waiting.pop(0)
-            row = table.row(f"{name} | {rate:g} | 0", lambda r=rate, run=run: run(r, 0))
-            if row is None:
-                break
-            found[rate] = row["watched"]
-            best = min(found, key=found.__getitem__)
-            if not waiting and grown < most and best in (min(found), max(found)):
-                waiting.append(best * 2 if best == max(found) else best / 2)
-                grown += 1
-        if not found:
-            continue
+    found: dict[float, float] = {}
+    waiting = sorted(rates)
+    grown = 0
+    while waiting:
+        rate = waiting.pop(0)
+        row = table.row(f"{name} | {rate:g} | 0", partial(run, rate, 0))
+        if row is None:
+            return None
+        found[rate] = row["watched"]
         best = min(found, key=found.__getitem__)
-        for seed in range(1, seeds):
-            key = f"{name} | {best:g} | {seed}"
-            table.row(key, lambda s=seed, r=best, run=run: run(r, s))
+        if not waiting and grown < most and best in (min(found), max(found)):
+            waiting.append(best * 2 if best == max(found) else best / 2)
+            grown += 1
+    return min(found, key=found.__getitem__)
 
 
 def summary(
@@ -127,11 +135,37 @@ def show(found: Mapping[str, Any], beside: Iterable[str]) -> None:
         print(f"{name:<36}{row['trained']:>10,}{row['rate']:>9g}{loss:>18}{row['seeds']:>6}{cells}")
 
 
+def train_adapter(
+    task: nn.Module,
+    batches: Any,
+    options: argparse.Namespace,
+    place: Place,
+    rate: float,
+    seed: int,
+    warmup: float = 0.0,
+) -> float:
+    """Train an adapter for ``options.steps`` with linear decay; seconds without the first steps."""
+    config = LoopConfig(
+        steps=options.steps,
+        learning_rate=rate,
+        schedule="linear",
+        warmup_fraction=warmup,
+        weight_decay=0.0,
+        precision=place.precision,
+        seed=seed,
+    )
+    return fit(task, batches, config, place.device, not options.eager)
+
+
 def fit(
     task: nn.Module, batches: Any, config: LoopConfig, device: torch.device, captured: bool = True
 ) -> float:
     """Train ``task`` on ``batches[step]``; on a GPU as one CUDA graph. Seconds without the first
     steps."""
+    # Nothing here has dropout, so both modes compute the same, but training VB-LoRA looks at its
+    # logits on the host at every step (no graph could be recorded), and PEFT mixes users in
+    # evaluation mode only.
+    task.eval()
     update: Any = GradientUpdate.from_config(task, config)
     if captured and device.type == "cuda":
         update = Captured(update)
@@ -172,3 +206,17 @@ def causal_attention(
 
 
 AttentionInterface.register("causal", causal_attention)
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Root-mean-square norms as one kernel. Written out, as transformers does, they and their
+    gradients are a sixth of a step of a narrow model."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = MethodType(fused_norm, module)
+
+
+def fused_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    # Computes in float32 inside; autocast would have it write float32 too.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)

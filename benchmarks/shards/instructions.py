@@ -27,11 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners import UniLoraConfig
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _sweep import fit, show, summary, sweep
+from _sweep import fuse_norms, show, summary, sweep, train_adapter
 from _table import Table
 
 from weightshare.errors import UserError
@@ -42,7 +43,7 @@ from weightshare.report import replacing
 from weightshare.shards import MosConfig, add_user
 from weightshare.shards.methods import linear_targets
 from weightshare.shards.tuning import _packed
-from weightshare.training import EpochBatches, LoopConfig, Losses, Place, Task, Term, held_out
+from weightshare.training import EpochBatches, Losses, Place, Task, Term, held_out
 
 LENGTH = 512
 HELD_OUT = 20
@@ -127,6 +128,7 @@ def single(bench: "Bench") -> dict[str, Method]:
         "MoS e=0.2, 4 shards": mos(0.2, 4, 4e-3, 4),
         "MoS e=0.2, balanced": mos(0.2, 4, 4e-3, index_strategy="balanced"),
         "pure sharing e=2": mos(2, 60, 1e-3, pair_dissociation=False),
+        "Uni-LoRA e=2": uni(2, 4e-3),
         "Uni-LoRA e=1": uni(1, 4e-3),
         "VeRA": (put(partial(VeraConfig, r=256, target_modules="all-linear")), 1e-2),
         "VB-LoRA": (
@@ -196,17 +198,13 @@ class Bench:
         self.base = source.model
         self.base.config._attn_implementation = "causal"
         self.base.config.use_cache = False
+        fuse_norms(self.base)
         self.base.set_output_embeddings(Chosen(self.base.get_output_embeddings()))
         self.unit = sum(t.in_features + t.out_features for t in linear_targets(self.base))
         self.data = cut(source.tokenizer, options, length, most)
         self.names = sorted(self.data) if options.users else ["all"]
         self.precision = "bf16" if cuda else "fp32"
-        # Positions that are learnt from in one batch: as many in every batch, for the graph.
-        responses = [(d["train"] >= 0).sum(1) for d in self.data.values()]
-        self.most = max(int(r.topk(min(len(r), options.batch)).values.sum()) for r in responses)
-        if options.users:
-            share = options.batch // len(self.names)
-            self.most = sum(int(r.topk(min(len(r), share)).values.sum()) for r in responses)
+        self.place = Place(self.device, self.precision)
         self.facts = {
             "unit": self.unit,
             "windows": {name: len(part["train"]) for name, part in self.data.items()},
@@ -219,30 +217,17 @@ class Bench:
         begun = time.perf_counter()
         model = adapt(self.base)
         if self.options.users:
-            # Dropout is not used, so training and evaluation mode differ in nothing else than that
-            # batches of several users are possible in the latter.
             model.base_model.set_adapter(list(model.peft_config))
-            model.eval()
-        else:
-            model.train()
-        config = LoopConfig(
-            steps=self.options.steps,
-            learning_rate=rate,
-            schedule="linear",
-            warmup_fraction=0.05,
-            weight_decay=0.0,
-            precision=self.precision,
-            seed=seed,
-        )
         trained = model.get_nb_trainable_parameters()[0]
-        # VB-LoRA looks at its logits on the host at every step.
-        first = next(iter(model.peft_config.values()))
-        captured = first.peft_type != "VBLORA" and not self.options.eager
         task = Responses(model, self.adapters(model, self.options.batch // len(self.names)))
         found: dict[str, Any] = {}
         took = 0.0
         try:
-            took = fit(task, Batches(self, seed), config, self.device, captured)
+            # Autocast rounds a layer's input to bfloat16 anyway; PEFT would first widen it.
+            with disable_input_dtype_casting(model, self.precision == "bf16"):
+                took = train_adapter(
+                    task, Batches(self, seed), self.options, self.place, rate, seed, warmup=0.05
+                )
             for part in ("watched", "judged"):
                 by_user = self.losses(model, part)
                 found[part] = sum(by_user.values()) / len(by_user)
@@ -261,14 +246,13 @@ class Bench:
     def losses(self, model: Any, part: str) -> dict[str, float]:
         """Held-out loss of each user."""
         found = {}
-        place = Place(self.device, self.precision)
         for name in self.names:
             pieces = [chosen(x, y) for x, y in rows_of(self.data[name], part)]
             task = Responses(model)
             if self.options.users and isinstance(model, PeftModel):
                 model.set_adapter(name if name in model.peft_config else "all")
             with torch.no_grad():
-                found[name] = held_out(task, pieces, place)["loss"]
+                found[name] = held_out(task, pieces, self.place)["loss"]
         return found
 
 
@@ -311,11 +295,12 @@ class Batches:
 
     def __init__(self, bench: Bench, seed: int) -> None:
         share = bench.options.batch // len(bench.names)
-        self.parts = [
-            EpochBatches((d["ids"], d["train"]), share, seed)
-            for d in (bench.data[name] for name in bench.names)
-        ]
-        self.most = bench.most
+        data = [bench.data[name] for name in bench.names]
+        self.parts = [EpochBatches((d["ids"], d["train"]), share, seed) for d in data]
+        # As many places in every batch, for the graph: those of the fullest.
+        counts = [EpochBatches(d["train"][:, 1:].ge(0).sum(1), share, seed) for d in data]
+        steps = range(bench.options.steps)
+        self.most = max(sum(int(part[step].sum()) for part in counts) for step in steps)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         pairs = [part[step] for part in self.parts]

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _sweep import fit, show, summary, sweep
+from _sweep import fit, fuse_norms, show, summary, sweep, train_adapter
 from _table import Table
 
 from weightshare.data.stdlib import gather_sources
@@ -218,6 +218,8 @@ class Bench:
         config._attn_implementation = "causal"
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(self.device)
+        if self.device.type == "cuda":
+            fuse_norms(model)
         if kept is not None and kept.is_file():
             model.load_state_dict(load_file(kept), strict=False)
             return model.eval()
@@ -238,23 +240,12 @@ class Bench:
         """Train one adapter; held-out losses in nats per byte."""
         torch.manual_seed(seed)
         begun = time.perf_counter()
-        adapter = make()
-        model = get_peft_model(self.base, adapter).train()
-        config = LoopConfig(
-            steps=self.options.steps,
-            learning_rate=rate,
-            schedule="linear",
-            warmup_fraction=0.0,
-            weight_decay=0.0,
-            precision=self.precision,
-            seed=seed,
-        )
+        model = get_peft_model(self.base, make())
         trained = model.get_nb_trainable_parameters()[0]
         batches = Batches(self.train, self.size["batch"], seed)
-        # VB-LoRA looks at its logits on the host at every step.
-        captured = adapter.peft_type != "VBLORA" and not self.options.eager
+        place = Place(self.device, self.precision)
         try:
-            fit(Bytes(model), batches, config, self.device, captured)
+            train_adapter(Bytes(model), batches, self.options, place, rate, seed)
             watched, judged = (self.loss(model, part) for part in (self.watched, self.judged))
         except UserError:
             watched = judged = float("inf")
