@@ -7,11 +7,27 @@ import pytest
 import torch
 from equivariant.clouds import close, cloud, network
 
-from weightshare.equivariant import PonitaPoints, lift_bonds, load_qm9, random_rotations
+from weightshare.equivariant import Ponita, PonitaPoints, lift_bonds, load_qm9, random_rotations
 from weightshare.equivariant.qm9 import TARGETS
 from weightshare.errors import UserError
 
 BONDS = torch.tensor([[0, 1, 1, 2, 2, 3, 0, 2], [1, 0, 2, 1, 3, 2, 2, 0]])
+
+
+@pytest.mark.parametrize("build", [Ponita, PonitaPoints])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scalars": 0}, "input"),
+        ({"hidden": 0}, "1 or more"),
+        ({"invariants": "exact"}, "'exact'"),
+        ({"level": "atom"}, "'atom'"),
+        ({"chiral": True}, "complete invariants"),
+    ],
+)
+def test_both_networks_refuse_the_same_options(build, wrong, message):
+    with pytest.raises(UserError, match=message):
+        build(**({"scalars": 1, "scalars_out": 1, "hidden": 4, "basis": 4} | wrong))
 
 
 def test_bonds_become_points_that_hear_each_other_as_their_atoms_do():

@@ -109,6 +109,24 @@ def checked_grid(grid: Tensor, dim: int) -> Tensor:
     return grid
 
 
+def check_sizes(
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    sizes: Sequence[int],
+    invariants: str,
+    level: str,
+) -> None:
+    """Refuse what no network can have."""
+    if not any(inputs) or not any(outputs):
+        raise UserError("Give at least one input and one output channel (scalars, vectors...).")
+    if min(*inputs, *outputs) < 0 or min(sizes) < 1:
+        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
+    if invariants not in MODES:
+        raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
+    if level not in ("node", "graph"):
+        raise UserError(f"level is {level!r}; give node or graph.")
+
+
 def check_options(
     inputs: tuple[int, int, int],
     outputs: tuple[int, int, int],
@@ -118,16 +136,12 @@ def check_options(
     chiral: bool,
     recompute: str | None,
     sizes: tuple[int, int, int],
+    level: str,
 ) -> None:
-    """Refuse a network that cannot be built."""
-    if not any(inputs) or not any(outputs):
-        raise UserError("Give at least one input and one output channel (scalars, vectors...).")
-    if min(*inputs, *outputs) < 0 or min(sizes) < 1:
-        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
+    """Refuse a network on a grid that cannot be built."""
+    check_sizes(inputs, outputs, sizes, invariants, level)
     if grid is None and any([*inputs[1:], *outputs[1:]]):
         raise UserError("Vectors and tensors need orientations; give orientations >= 1.")
-    if invariants not in MODES:
-        raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
     if recompute not in (None, "messages", "basis"):
         raise UserError(f"recompute is {recompute!r}; give messages, basis, or None.")
     if convolution not in ("separable", "full"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant.basis import KernelBasis
-from weightshare.equivariant.checks import check_channels, check_edges, check_finite
+from weightshare.equivariant.checks import check_channels, check_edges, check_finite, check_sizes
 from weightshare.equivariant.convolution import ConvNextBlock, Kernels, SeparableConv
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.invariants import Mode, pair_invariants
@@ -100,9 +100,10 @@ class PonitaPoints(nn.Module):
         level: str = "graph",
     ) -> None:
         super().__init__()
+        self.inputs, self.outputs = (scalars, vectors), (scalars_out, vectors_out)
+        check_sizes(self.inputs, self.outputs, (hidden, layers, basis), invariants, level)
         if chiral and invariants != "complete":
             raise UserError("chiral adds the determinant to complete invariants; ask for these.")
-        self.inputs, self.outputs = (scalars, vectors), (scalars_out, vectors_out)
         self.mode, self.chiral, self.mean, self.level = invariants, chiral, mean, level
         count = 3 if invariants != "complete" else 5 if chiral else 4
         self.basis = KernelBasis(count, hidden, basis, degree)

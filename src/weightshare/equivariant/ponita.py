@@ -129,6 +129,7 @@ class Ponita(nn.Module):
             chiral,
             recompute,
             (hidden, layers, basis),
+            level,
         )
         self.dim, self.cutoff, self.self_loops = dim, cutoff, self_loops
         self.level, self.vector_scale, self.random_grid = level, vector_scale, random_grid
