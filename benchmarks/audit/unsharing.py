@@ -3,7 +3,7 @@
 For each model, fold, moment and seed: fold, audit, spend one parameter budget (a share of what the
 fold saved) in different ways, train all weights for the same steps on the same batches. Held-out
 loss decides. At the moment *folded* the audit comes right after folding; at *cured* the shared
-weights have been trained before until they settled.
+weights have been trained before.
 
     audit (adam)        most predicted gain within the budget, in Adam's metric
     audit (plain)       the same in the plain metric
@@ -14,14 +14,17 @@ weights have been trained before until they settled.
     everywhere          low-rank deltas of one rank on every tensor
     nothing             the shared weights alone
 
-The honesty clause follows: suggested and random unsharings one at a time, predicted against
-realised gain, with the rank correlation, and beside it that of the number of added parameters.
+*Near* believes a prediction only as far as a tenth of the weights' norm. The honesty clause
+follows: suggested and random unsharings one at a time, predicted against realised gain, with the
+rank correlation, and beside it that of the number of added parameters.
+
+There is more training text than the steps read, so that nothing is seen twice.
 
     python benchmarks/audit/unsharing.py [--quick] [--device cuda --capture] [--only tiny]
 
-Rows take 1 to 5 minutes each; ``--part i/n --out FILE`` and ``--join`` split them over processes.
-Models and texts are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA (``--only tiny`` needs
-neither); ``--quick`` takes the model and the text that ship.
+A setting takes 2 minutes on a GPU and 5 to 25 on a CPU core; ``--part i/n --out FILE`` and
+``--join`` split them over processes, and every way to spend is a row of its own. Models and texts
+are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA (``--only tiny`` needs neither).
 """
 
 import argparse
@@ -30,7 +33,9 @@ import math
 import random
 import statistics
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -48,12 +53,13 @@ from weightshare.language import load_model, read_documents, windows
 from weightshare.sharing import size
 from weightshare.training import Captured, GradientUpdate, Loop, LoopConfig
 
-STORIES = "tinystories/v2_train.jsonl.gz"
+PYTHON = "stdlib", "pystdlib"
+STORIES = "tinystories/v2_train.jsonl.gz", "tinystories/v2_valid.jsonl.gz"
 CASES = [
-    # model, text, groups of blocks: what the fold saves of the blocks is in the row
-    ("tiny", "pystdlib", ((2, 3, 4, 5), (6, 7, 8, 9))),
-    ("tiny", "pystdlib", ((2, 3), (5, 6), (8, 9))),
-    ("tiny", "pystdlib", ((2, 3, 4, 5, 6, 7, 8, 9, 10),)),
+    # model, text to train on and held-out text, groups of blocks
+    ("tiny", PYTHON, ((2, 3, 4, 5), (6, 7, 8, 9))),
+    ("tiny", PYTHON, ((2, 3), (5, 6), (8, 9))),
+    ("tiny", PYTHON, ((2, 3, 4, 5, 6, 7, 8, 9, 10),)),
     ("stories260K", STORIES, ((1, 2), (3, 4))),
     ("stories260K", STORIES, ((1, 2, 3),)),
     ("babyllama105", STORIES, ((1, 2), (3, 4))),
@@ -63,6 +69,8 @@ SEEDS = (0, 1, 2)
 STEPS = {"cure": 400, "spend": 150, "probe": 30}
 QUICK = {"cure": 10, "spend": 5, "probe": 3}
 RANKS = (2, 8)
+METRICS = ("adam", "plain")
+LENGTH = 128
 
 
 def main() -> None:
@@ -72,6 +80,7 @@ def main() -> None:
     parser.add_argument("--moment", choices=(*MOMENTS, "both"), default="both")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the saved parameters")
     parser.add_argument("--ways", default="", help="only these ways to spend, comma separated")
+    parser.add_argument("--no-clause", action="store_true", help="without the honesty clause")
     parser.add_argument("--capture", action="store_true", help="training steps as CUDA graphs")
     table = Table("audit_unsharing", __doc__, parser)
     options = table.options
@@ -80,19 +89,24 @@ def main() -> None:
     table.facts["settings"] = {"steps": steps, "budget": options.budget, "ranks": RANKS}
     cases = [case for case in CASES if case[0].startswith(options.only)]
     if table.quick:
-        cases = [("tiny", "pystdlib", ((3, 4),))]
+        cases = [("tiny", ("pystdlib", "pystdlib"), ((3, 4),))]
     moments = MOMENTS if options.moment == "both" else (options.moment,)
-    for name, text, groups in cases:
-        for moment in moments:
-            for seed in SEEDS[:1] if table.quick else SEEDS:
-                ways = f", {options.ways} on {options.device}" if options.ways else ""
-                table.row(
-                    f"{name}, {[list(group) for group in groups]}, {moment}, seed {seed}{ways}",
-                    lambda c=(name, text, groups, moment, seed): one(*c, steps, options),
-                )
-                if table.rows:
-                    table.facts |= summary(table.rows)
-                    table.write()
+    settings = [
+        Setting(*case, moment, seed, options)
+        for moment in moments
+        for seed in (SEEDS[:1] if table.quick else SEEDS)
+        for case in cases
+    ]
+    ways = options.ways.split(",") if options.ways else list(WAYS)
+    for number, setting in enumerate(settings, start=1):
+        for way in ways:
+            table.row(f"{setting}: {way}", lambda s=setting, w=way: s.spent(w), number)
+        if not options.no_clause:
+            table.row(f"{setting}: clause", setting.clause, number)
+        setting.forget()
+        if table.rows:
+            table.facts |= summary(table.rows)
+            table.write()
     for part, title in (("spent", "bought at one budget"), ("clause", "predicted and realised")):
         if rows := table.facts.get(part):
             show_table(title, [{k: _short(v) for k, v in row.items()} for row in rows])
@@ -100,146 +114,263 @@ def main() -> None:
         print("not run for lack of time:", "; ".join(table.left_out))
 
 
-def one(name, text, groups, moment, seed, steps, options):
-    """One model, fold, moment and seed."""
-    device = torch.device(options.device)
+@lru_cache(1)
+def load(name, texts, device, quick):
+    """A model, shuffled batches to train on and held-out ones."""
     # Stored in bfloat16, steps of training would vanish in the weights.
     source = load_model(name, dtype="fp32", device=device)
-    documents = read_documents(text)
-    cut = len(documents) * 4 // 5
-    few, length, size_of = (30, 64, 4) if options.quick else (cut, 128, 8)
-    train = windows(source.tokenizer, documents[:few], length)
+    documents, others = (read_documents(text) for text in texts)
+    length, size_of = (64, 4) if quick else (LENGTH, 8)
+    random.Random(0).shuffle(documents)
+    steps = sum((QUICK if quick else STEPS)[part] for part in ("cure", "spend"))
+    train = windows(source.tokenizer, documents, length, limit=steps * size_of)
     train = text_batches(train, len(train) // size_of, size_of, device)
-    heldout = windows(source.tokenizer, documents[cut:][:few], length)
-    heldout = text_batches(heldout, 4 if options.quick else 16, size_of, device)
-    random.Random(seed).shuffle(train)
-    audited = train[: 4 if options.quick else 32]
+    heldout = windows(source.tokenizer, others, length)
+    heldout = text_batches(heldout, 4 if quick else 16, size_of, device)
+    return source.model, train, heldout
 
-    model = fold(source.model, FoldPlan(source.model.config.num_hidden_layers, groups=groups))
-    row = {"model": name, "groups": groups, "moment": moment, "seed": seed}
-    row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    row["torch"] = torch.__version__
-    row |= {"dense": held(source.model, heldout), "start": held(model, heldout)}
-    if moment == "cured":
-        fit(model, train, steps["cure"], seed, options.capture)
-        row["start"] = held(model, heldout)
 
-    found = audit(
-        model, audited, language_loss, per="tensor", seed=seed, suggestions=False, draws=50
-    )
-    row["agreement"] = {f.layer.name: round(f.agreement, 3) for f in found.findings}
-    row["advised"] = [f.layer.name for f in found.findings if f.split.advised]
-    saved = size(model).saved - model.get_input_embeddings().weight.numel()
-    budget = int(options.budget * saved)
-    row |= {"saved": saved, "budget": budget, "loss": {}, "added": {}, "trials": []}
-    offers = [
-        Unsharing(kind, f.layer, groups_of, rank)
-        for f in found.findings
-        if (groups_of := found_groups(f)) is not None
-        for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in RANKS)]
-    ]
-    if options.quick:
-        offers = offers[:8]
-    ways = options.ways.split(",") if options.ways else []
-    adam, plain = (
-        predict(model, audited, language_loss, offers, metric=metric, bends=1)
-        if not ways or f"audit ({metric})" in ways
-        else [Suggestion(offer, added=offer.added(model)) for offer in offers]
-        for metric in METRICS
-    )
-    for strategy, chosen in strategies(model, found, adam, plain, budget, seed).items():
-        if ways and strategy not in ways:
-            continue
-        student = copy.deepcopy(model)
+@dataclass(eq=False)
+class Setting:
+    """One model, fold, moment and seed; what its rows need in common is worked out when asked."""
+
+    name: str
+    texts: tuple[str, str]
+    groups: tuple[tuple[int, ...], ...]
+    moment: str
+    seed: int
+    options: argparse.Namespace
+
+    def __str__(self):
+        return f"{self.name}, {[list(g) for g in self.groups]}, {self.moment}, seed {self.seed}"
+
+    def forget(self):
+        """Free what was worked out."""
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                self.__dict__.pop(name, None)
+
+    @cached_property
+    def steps(self):
+        return QUICK if self.options.quick else STEPS
+
+    @cached_property
+    def loaded(self):
+        device = torch.device(self.options.device)
+        source, train, heldout = load(self.name, self.texts, device, self.options.quick)
+        train = list(train)
+        random.Random(self.seed).shuffle(train)
+        return source, train, heldout
+
+    @property
+    def heldout(self):
+        return self.loaded[2]
+
+    @cached_property
+    def parts(self):
+        """Batches to cure with and to spend with: the latter are also audited."""
+        train, cut = self.loaded[1], self.steps["spend"]
+        return train[cut:] or train, train[:cut]
+
+    @property
+    def audited(self):
+        return self.parts[1][: 4 if self.options.quick else 32]
+
+    @cached_property
+    def model(self):
+        source = self.loaded[0]
+        model = fold(source, FoldPlan(source.config.num_hidden_layers, groups=self.groups))
+        if self.moment == "cured":
+            fit(model, self.parts[0], self.steps["cure"], self.seed, self.options.capture)
+        return model
+
+    @cached_property
+    def found(self):
+        return audit(
+            self.model,
+            self.audited,
+            language_loss,
+            per="tensor",
+            seed=self.seed,
+            suggestions=False,
+            draws=50,
+        )
+
+    @cached_property
+    def offers(self):
+        """Every kind of unsharing of every tensor of the blocks and of the head."""
+        offers = [
+            Unsharing(kind, f.layer, groups, rank)
+            for f in self.found.findings
+            if (groups := found_groups(f)) is not None
+            for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in RANKS)]
+        ]
+        return offers[:8] if self.options.quick else offers
+
+    @cached_property
+    def predicted(self):
+        """Suggestions by metric."""
+        return {
+            metric: predict(
+                self.model, self.audited, language_loss, self.offers, metric=metric, bends=1
+            )
+            for metric in METRICS
+        }
+
+    @cached_property
+    def budget(self):
+        saved = size(self.model).saved - self.model.get_input_embeddings().weight.numel()
+        return int(self.options.budget * saved)
+
+    @cached_property
+    def facts(self):
+        """What every row says."""
+        device = torch.device(self.options.device)
+        return {
+            "model": self.name,
+            "groups": self.groups,
+            "moment": self.moment,
+            "seed": self.seed,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "dense": held(self.loaded[0], self.heldout),
+            "start": held(self.model, self.heldout),
+            "budget": self.budget,
+        }
+
+    def spent(self, way):
+        """Held-out loss after the budget was spent in one way and all weights were trained."""
+        chosen = WAYS[way](self)
+        student = copy.deepcopy(self.model)
         for unsharing in chosen:
-            apply(student, unsharing, seed=seed)
-        row["added"][strategy] = size(student).unique - size(model).unique
-        fit(student, train, steps["spend"], seed, options.capture)
-        row["loss"][strategy] = held(student, heldout)
+            apply(student, unsharing, seed=self.seed)
+        added = size(student).unique - size(self.model).unique
+        fit(student, self.parts[1], self.steps["spend"], self.seed, self.options.capture)
+        plain = [s.unsharing if isinstance(s, Suggestion) else s for s in chosen]
+        return self.facts | {
+            "way": way,
+            "added": added,
+            "loss": held(student, self.heldout),
+            "chosen": [f"{u.layer.name}: {u.kind} {u.rank}" for u in plain],
+        }
 
-    if ways:
-        return row | {"moment": f"{moment}, on {options.device}"}
-    config = ProbeConfig(
-        suggested=2 if options.quick else 6,
-        random=2 if options.quick else 10,
-        steps=steps["probe"],
-        seed=seed,
-    )
-    best = sorted(adam, key=lambda s: -s.gain_per_parameter)
-    best = [s for s in best if s.unsharing.rank in (0, RANKS[-1])]
-    tried = probe(
-        model, audited, heldout, language_loss, replace(found, suggestions=best), config
-    ).trials
-    flat = predict(
-        model, audited, language_loss, [t.suggestion.unsharing for t in tried], metric="plain"
-    )
-    row["trials"] = [
-        t.row() | {"adam": t.suggestion.predicted, "plain": s.predicted, "gain": t.realised}
-        for t, s in zip(tried, flat, strict=True)
-    ]
-    return row
+    def clause(self):
+        """Single unsharings, suggested and random: predicted and realised gain."""
+        config = ProbeConfig(
+            suggested=2 if self.options.quick else 6,
+            random=2 if self.options.quick else 10,
+            steps=self.steps["probe"],
+            seed=self.seed,
+        )
+        best = sorted(self.predicted["adam"], key=lambda s: -s.gain_per_parameter)
+        best = [s for s in best if s.unsharing.rank in (0, RANKS[-1])]
+        found = replace(self.found, suggestions=best)
+        tried = probe(self.model, self.audited, self.heldout, language_loss, found, config).trials
+        flat = predict(
+            self.model,
+            self.audited,
+            language_loss,
+            [t.suggestion.unsharing for t in tried],
+            metric="plain",
+            bends=1,
+        )
+        trials = [
+            t.row()
+            | {
+                "adam": t.suggestion.predicted,
+                "adam, near": near(t.suggestion).predicted,
+                "plain": s.predicted,
+                "gain": t.realised,
+            }
+            for t, s in zip(tried, flat, strict=True)
+        ]
+        return self.facts | {
+            "trials": trials,
+            "agreement": {f.layer.name: round(f.agreement, 3) for f in self.found.findings},
+            "advised": [f.layer.name for f in self.found.findings if f.split.advised],
+        }
+
+    # Deltas in an order -------------------------------------------------------------------------
+
+    @cached_property
+    def disagreeing(self):
+        """Low-rank deltas of the tensors of the blocks, the least agreeing first."""
+        return [
+            u for u in self.offers if (u.kind, u.rank) == ("low_rank", RANKS[0]) and in_block(u)
+        ]
+
+    @property
+    def by_depth(self):
+        return sorted(self.disagreeing, key=lambda u: u.layer.name)
+
+    def of_rank(self, unsharings, rank):
+        return [replace(u, rank=rank) for u in unsharings]
+
+    def large(self, unsharings):
+        """From the first on, of a rank with which all of them would cost three budgets."""
+        wanted = 3 * self.budget
+        rank = next(
+            (r for r in range(1, 65) if self.cost(self.of_rank(unsharings, r)) >= wanted), 64
+        )
+        return self.fill(self.of_rank(unsharings, rank))
+
+    def everywhere(self):
+        ranks = [
+            r for r in range(1, 65) if self.cost(self.of_rank(self.by_depth, r)) <= self.budget
+        ]
+        return self.of_rank(self.by_depth, max(ranks, default=1))
+
+    def at_random(self):
+        """A random choice that spends nine tenths of the budget; else the dearest of a thousand."""
+        generator, best = random.Random(self.seed), []
+        for _ in range(1000):
+            chosen = self.fill(generator.sample(self.offers, len(self.offers)))
+            if self.cost(chosen) > self.cost(best):
+                best = chosen
+            if self.cost(best) >= 0.9 * self.budget:
+                break
+        return best
+
+    def fill(self, unsharings):
+        """Take unsharings of the blocks in order while they fit, each tensor once."""
+        chosen, left, taken = [], self.budget, set()
+        for unsharing in unsharings:
+            cost = unsharing.added(self.model)
+            if unsharing.layer not in taken and in_block(unsharing) and cost <= left:
+                chosen.append(unsharing)
+                taken.add(unsharing.layer)
+                left -= cost
+        return chosen
+
+    def cost(self, unsharings):
+        return sum(unsharing.added(self.model) for unsharing in unsharings)
+
+    def best(self, metric, believe=lambda suggestion: suggestion):
+        offers = [believe(s) for s in self.predicted[metric] if in_block(s.unsharing)]
+        return spend(offers, self.budget)
 
 
-METRICS = ("adam", "plain")
+def in_block(unsharing):
+    return "layers" in unsharing.layer.name
 
 
-def strategies(model, found, adam, plain, budget, seed):
-    """Ways to spend the budget: lists of unsharings of distinct tensors of the blocks."""
-    adam = [s for s in adam if "layers" in s.unsharing.layer.name]
-    plain = [s for s in plain if "layers" in s.unsharing.layer.name]
-    offers = [s.unsharing for s in adam]
-
-    def deltas(layers, rank):
-        wanted = {u.layer: u for u in offers if (u.kind, u.rank) == ("low_rank", rank)}
-        return [wanted[layer] for layer in layers if layer in wanted]
-
-    disagreeing = [f.layer for f in found.findings if "layers" in f.layer.name]
-    by_depth = sorted(disagreeing, key=lambda layer: layer.name)
-
-    def every(rank):
-        return [replace(u, rank=rank) for u in deltas(by_depth, RANKS[0])]
-
-    fitting = max((r for r in range(1, 65) if cost_of(model, every(r)) <= budget), default=1)
-    large = next((r for r in range(1, 65) if cost_of(model, every(r)) >= 3 * budget), 64)
-    in_order = {u.layer: u for u in every(large)}
-    return {
-        "nothing": [],
-        "audit (adam)": spend(adam, budget),
-        "audit (plain)": spend(plain, budget),
-        "lowest cosine": fill(model, [in_order[x] for x in disagreeing if x in in_order], budget),
-        "random": at_random(model, offers, budget, seed),
-        "first": fill(model, [in_order[x] for x in by_depth if x in in_order], budget),
-        "last": fill(model, [in_order[x] for x in by_depth[::-1] if x in in_order], budget),
-        "everywhere": every(fitting),
-    }
+def near(suggestion):
+    """The prediction for a step of at most a tenth of the weights' norm."""
+    return replace(suggestion, reach=suggestion.longest)
 
 
-def at_random(model, unsharings, budget, seed):
-    """A random choice that spends nine tenths of the budget; of a thousand, else the dearest."""
-    generator, best = random.Random(seed), []
-    for _ in range(1000):
-        chosen = fill(model, generator.sample(unsharings, len(unsharings)), budget)
-        if cost_of(model, chosen) > cost_of(model, best):
-            best = chosen
-        if cost_of(model, best) >= 0.9 * budget:
-            break
-    return best
-
-
-def cost_of(model, unsharings):
-    return sum(unsharing.added(model) for unsharing in unsharings)
-
-
-def fill(model, unsharings, budget):
-    """Take unsharings in order while they fit, each tensor once."""
-    chosen, left, taken = [], budget, set()
-    for unsharing in unsharings:
-        cost = unsharing.added(model)
-        if unsharing.layer not in taken and "layers" in unsharing.layer.name and cost <= left:
-            chosen.append(unsharing)
-            taken.add(unsharing.layer)
-            left -= cost
-    return chosen
+WAYS: dict[str, Callable[[Setting], list]] = {
+    "nothing": lambda s: [],
+    "random": Setting.at_random,
+    "everywhere": Setting.everywhere,
+    "first": lambda s: s.large(s.by_depth),
+    "last": lambda s: s.large(s.by_depth[::-1]),
+    "lowest cosine": lambda s: s.large(s.disagreeing),
+    "audit (adam)": lambda s: s.best("adam"),
+    "audit (plain)": lambda s: s.best("plain"),
+    "audit (adam, near)": lambda s: s.best("adam", near),
+    "audit (plain, near)": lambda s: s.best("plain", near),
+}
 
 
 def fit(model, batches, steps, seed, capture=False):
@@ -265,80 +396,63 @@ def summary(rows):
 
 
 def by_case(rows):
-    """The rows of each (model, fold, moment)."""
+    """The rows of each (model, fold, moment), and of each model and moment."""
     found = {}
-    for row in rows.values():
+    for row in rows:
         groups = [list(group) for group in row["groups"]]
         found.setdefault(f"{row['model']}, {groups}, {row['moment']}", []).append(row)
+    for row in rows:
+        found.setdefault(f"{row['model']}, all folds, {row['moment']}", []).append(row)
     return found
 
 
 def spent(rows):
-    """Held-out loss that one budget bought, over seeds, and paired with the random choice."""
+    """Held-out loss that one budget bought, over settings, and paired with the random choice."""
     table = []
-    for case, mine in by_case(rows).items():
-        for strategy in mine[0]["loss"]:
-            if strategy == "nothing":
+    for case, mine in by_case([row for row in rows.values() if "way" in row]).items():
+        runs = {(str(row["groups"]), row["seed"], row["way"]): row for row in mine}
+        for way in WAYS:
+            done = [key for key in runs if key[2] == way and (*key[:2], "nothing") in runs]
+            if way == "nothing" or not done:
                 continue
-            gains = [row["loss"]["nothing"] - row["loss"][strategy] for row in mine]
+            gains = [runs[*k[:2], "nothing"]["loss"] - runs[k]["loss"] for k in done]
             over = [
-                r["loss"]["random"] - r["loss"][strategy] for r in mine if "random" in r["loss"]
+                runs[*k[:2], "random"]["loss"] - runs[k]["loss"]
+                for k in done
+                if (*k[:2], "random") in runs
             ]
             bought, better = spread(gains), spread(over or [math.nan])
-            added = statistics.mean(row["added"][strategy] for row in mine)
             table.append(
                 {
-                    "spent on": f"{case}: {strategy}",
-                    "added": int(added),
+                    "spent on": f"{case}: {way}",
+                    "added": int(statistics.mean(runs[k]["added"] for k in done)),
                     "gain": bought["mean"],
                     "half_width": bought["half_width"],
                     "over_random": better["mean"],
                     "its_half_width": better["half_width"],
-                    "gain_per_million": 1e6 * bought["mean"] / added if added else None,
-                    "seeds": len(mine),
+                    "settings": len(done),
                 }
             )
     return table
 
 
 def clause(rows):
-    """Rank correlation of predicted and realised gain inside each row, averaged over seeds.
+    """Rank correlation of predicted and realised gain inside each row, averaged over rows.
 
     The interval is a bootstrap over trials, resampled inside each row.
     """
     table = []
-    tried = {name: row for name, row in rows.items() if row["trials"]}
-    cases = by_case(tried)
-    for moment in MOMENTS:
-        together = [row for row in tried.values() if row["moment"] == moment]
-        if together:
-            cases[f"all, {moment}"] = together
-    for case, mine in cases.items():
-        predictors = {
-            "predicted (adam)": lambda t: t["adam"],
-            "predicted (plain)": lambda t: t["plain"],
-            "added parameters": lambda t: t["added"],
-        }
-        for name, predictor in predictors.items():
-            pairs = [[(predictor(t), t["gain"]) for t in row["trials"]] for row in mine]
-            each = [
-                [
-                    (predictor(t) / max(1, t["added"]), t["gain"] / max(1, t["added"]))
-                    for t in trials
-                ]
-                for trials in (row["trials"] for row in mine)
-            ]
+    for case, mine in by_case([row for row in rows.values() if "trials" in row]).items():
+        for predictor in ("adam", "adam, near", "plain", "added"):
+            pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
             table.append(
                 {
-                    "trials": f"{case}: {name}",
+                    "trials": f"{case}: {predictor}",
                     "count": sum(map(len, pairs)),
                     "rho": rho,
                     "low": low,
                     "high": high,
-                    "rho_per_parameter": rank_correlation(each)[0]
-                    if name != "added parameters"
-                    else None,
                 }
             )
     return table

@@ -8,7 +8,7 @@
 3. The error of a sketched cosine against the size of the sketch, on real gradients.
 4. Peak memory against the number of users.
 
-    python benchmarks/sharing/cost.py [--quick] [--device cuda]
+    python benchmarks/sharing/cost.py [--quick] [--device cuda] [--only steps,users]
 
 Peak memory is only reported on a GPU, where PyTorch counts it.
 """
@@ -92,26 +92,35 @@ class Steps:
             self.optimizer.zero_grad()
 
     def measure(self, keep=None, factors=False):
+        grams = {}
         with per_use(self.model, self.names, keep=keep, factors=factors) as uses:
             for _ in range(BATCHES):
-                self.compare(uses.gradients(self.loss()))
+                self.compare(uses.gradients(self.loss()), grams)
+        close(grams)
 
-    def compare(self, found):
-        """One Gram matrix per group of blocks, as an audit keeps them."""
+    def compare(self, found, grams):
+        """One Gram matrix per group of blocks and context, as an audit keeps them."""
         by_group = {}
         for name, each in found.items():
             users = {use.module.split(".")[1]: g for use, g in each.items()}
             by_group.setdefault(tuple(users), {})[name] = users
         for users, tensors in by_group.items():
-            Gram(users).update(tensors).close()
+            grams.setdefault(users, Gram(users)).update(tensors)
 
     def measure_while_training(self, keep):
+        grams = {}
         with per_use(self.model, self.names, keep=keep) as uses:
             for _ in range(BATCHES):
                 self.loss().backward()
-                self.compare(uses.take())
+                self.compare(uses.take(), grams)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        close(grams)
+
+
+def close(grams):
+    for gram in grams.values():
+        gram.close()
 
 
 BATCHES = 3
@@ -140,9 +149,14 @@ def race(variants, device, repeats, batches=1):
 
 # width, blocks, uses per weight, sequences, tokens of each, type
 QUICK = [(64, 4, 2, 2, 64, "float32"), (64, 4, 4, 2, 64, "bfloat16")]
-CPU = [(256, 6, 2, 8, 128, "float32"), (256, 6, 6, 8, 128, "float32")]
+CPU = [
+    (256, 6, 2, 8, 128, "float32"),
+    (256, 6, 6, 8, 128, "float32"),
+    (512, 6, 6, 1, 64, "float32"),
+]
 GPU = [
     (512, 12, 4, 8, 256, "float32"),
+    (2048, 12, 4, 1, 128, "float32"),
     (1024, 12, 12, 16, 512, "float32"),
     (1024, 24, 24, 32, 1024, "bfloat16"),
     (2048, 12, 12, 4, 512, "float32"),
@@ -166,7 +180,7 @@ def steps_table(device, quick):
             "measure, sketches": lambda s=steps, k=sketch: s.measure(k),
             "train and measure, sketches": lambda s=steps, k=sketch: s.measure_while_training(k),
         }
-        if width < 1024:  # factors pay for few tokens only; these are many
+        if 2 * batch * length <= width:  # factors pay for few tokens only
             variants["measure, factors"] = lambda s=steps: s.measure(factors=True)
         found = race(variants, device, 2, BATCHES)
         base = found["training step"]
@@ -278,6 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small nets: under a minute on a CPU")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="steps,torchjd,sketch,users", help="these tables")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -300,6 +315,8 @@ def main() -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     for key, (title, table) in tables.items():
+        if key not in options.only.split(","):
+            continue
         result[key] = []
         for row in table(device, options.quick):
             result[key].append(row)

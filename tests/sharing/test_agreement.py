@@ -199,6 +199,22 @@ def test_a_tensor_met_late_counts_as_unused_before():
     assert torch.equal(late.select(["v"]).cosine(), early.select(["v"]).cosine())
 
 
+def test_reading_between_batches_changes_nothing():
+    rows = vectors(5, 3, 20)
+    whole, watched = Gram(range(3)), Gram(range(3))
+    for number, batch in enumerate(rows):
+        found = {"w": {i: g for i, g in enumerate(batch) if (number, i) != (2, 1)}}
+        found |= {"late": {0: batch[0], 2: batch[2]}} if number > 2 else {}
+        whole.update(found)
+        watched.update(found)
+        if number in (1, 2, 3):
+            watched.cosine()
+    for name in ("w", "late"):
+        (one,), (other,) = (gram.close().blocks[name] for gram in (whole, watched))
+        assert torch.allclose(one.products, other.products, atol=1e-12)
+        assert torch.equal(one.used, other.used)
+
+
 def test_users_one_at_a_time_equal_autograd_on_each_in_double_precision():
     torch.manual_seed(0)
     model = Edge([lambda z: z.relu(), lambda z: z * 2, lambda z: z.tanh()]).double()

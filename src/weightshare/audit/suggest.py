@@ -12,7 +12,7 @@ falls along v by at most
     predicted gain = s² / (2 c),
 
 exactly so where the loss is quadratic along v. Where it curves down (c <= 0) the parabola has no
-end: there the step goes as far as a tenth of the weights' norm and gains |s| a + |c| a² / 2. v is
+end: there the step goes as far as a tenth of the weights' norm and gains |s| a - c a² / 2. v is
 taken from half of the batches, s and c from the other, so that noise cannot promise a gain.
 """
 
@@ -53,7 +53,8 @@ class Suggestion:
 
     ``first_order`` is the loss decrease per unit of learning rate of one gradient step, ``slope``
     and ``curvature`` are those along the step, ``longest`` the step that a tenth of the weights'
-    norm allows; ``predicted`` is 0 where the held-out half of the batches saw no decrease.
+    norm allows, ``reach`` the step up to which a parabola with an end is believed; ``predicted`` is
+    0 where the held-out half of the batches saw no decrease.
     ``beyond_chance``: whether the layer's users disagree more than the permutation null.
     """
 
@@ -62,6 +63,7 @@ class Suggestion:
     slope: float = 0.0
     curvature: float = math.nan
     longest: float = 0.0
+    reach: float = math.inf
     beyond_chance: bool = False
     reason: str = ""
     directions: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -74,9 +76,9 @@ class Suggestion:
     def predicted(self) -> float:
         if self.unsharing.kind == "nothing" or self.slope >= 0:
             return 0.0
-        if not self.curvature > 0:
-            return -self.slope * self.longest - self.curvature * self.longest**2 / 2
-        return self.slope**2 / (2 * self.curvature)
+        ends = self.curvature > 0
+        a = min(self.reach, -self.slope / self.curvature) if ends else self.longest
+        return -self.slope * a - self.curvature * a**2 / 2
 
     @property
     def gain_per_parameter(self) -> float:

@@ -77,11 +77,15 @@ class Gram:
         self.blocks: dict[str, list[Context]] = {}
         self._lengths: list[int] = []  # batches of the closed contexts
         self._rows: dict[str, list[list[Kept | None]]] = {}  # of the open context
-        self._columns: dict[str, list[Tensor | None]] = {}  # its products, where they were made
-        self._open: dict[str, Context] = {}  # the same as matrices, made when they are read
+        self._chunks: list[int] = []  # batches of it whose products were taken together
+        self._columns: dict[str, list[Tensor | None]] = {}  # these products
+        self._open: dict[str, Context] = {}  # the same as matrices
 
     def update(self, gradients: Mapping[str, Mapping[Hashable, Kept]]) -> "Gram":
-        """Add one batch, ``gradients[tensor][user]``; returns itself. Does not wait for a GPU."""
+        """Add one batch, ``gradients[tensor][user]``; returns itself.
+
+        Products are taken when they are asked for, of all batches since then together.
+        """
         done = max(map(len, self._rows.values()), default=0)
         for name in dict.fromkeys([*self.blocks, *self._rows, *gradients]):
             # A tensor first met now was not used before.
@@ -89,12 +93,8 @@ class Gram:
                 self.blocks[name] = [_unused(n, len(self.labels)) for n in self._lengths]
             if name not in self._rows:
                 self._rows[name] = [[None] * len(self.labels) for _ in range(done)]
-                self._columns[name] = [None] * done
             found = gradients.get(name, {})
             self._rows[name].append([found.get(label) for label in self.labels])
-        flat = {name: [row for b in rows for row in b] for name, rows in self._rows.items()}
-        for name, column in inner_products(flat, len(self.labels)).items():
-            self._columns[name].append(column)
         self._open = {}
         return self
 
@@ -104,18 +104,27 @@ class Gram:
             self.blocks[name].append(context)
         if self._rows:
             self._lengths.append(len(next(iter(self._rows.values()))))
-        self._rows, self._columns, self._open = {}, {}, {}
+        self._rows, self._chunks, self._columns, self._open = {}, [], {}, {}
         return self
 
     def _opened(self) -> dict[str, Context]:
         """The open context of each tensor."""
-        if self._columns and not self._open:
+        if self._rows and not self._open:
+            self._multiply()
             made = [c for columns in self._columns.values() for c in columns if c is not None]
             moved = iter(to_cpu(made))
             for name, columns in self._columns.items():
                 here = [None if c is None else next(moved) for c in columns]
-                self._open[name] = _assembled(here, len(self.labels))
+                self._open[name] = _assembled(here, self._chunks, len(self.labels))
         return self._open
+
+    def _multiply(self) -> None:
+        """The products of the batches that came since the last time with all of the context."""
+        new = len(next(iter(self._rows.values()))) - sum(self._chunks)
+        flat = {name: [row for b in rows for row in b] for name, rows in self._rows.items()}
+        for name, column in inner_products(flat, new * len(self.labels)).items():
+            self._columns.setdefault(name, [None] * len(self._chunks)).append(column)
+        self._chunks.append(new)
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -300,16 +309,19 @@ def _unused(batches: int, users: int) -> Context:
     )
 
 
-def _assembled(columns: Sequence[Tensor | None], users: int) -> Context:
-    """M from its columns: that of batch b holds the products with batches 0 to b."""
-    context = _unused(len(columns), users)
-    for b, column in enumerate(columns):
+def _assembled(columns: Sequence[Tensor | None], chunks: Sequence[int], users: int) -> Context:
+    """M from its columns: those of a chunk of batches hold the products with all up to them."""
+    context, end = _unused(sum(chunks), users), 0
+    for column, new in zip(columns, chunks, strict=True):
+        start, end = end, end + new
         if column is not None:
-            column = column.view(b + 1, users, users)
-            column[b] = (column[b] + column[b].T) / 2  # symmetric to the last bit
-            context.products[: b + 1, :, b] = column
-            context.products[b, :, : b + 1] = column.permute(2, 0, 1)
-            context.used[b] = column[b].diagonal() > 0
+            column = column.view(end, users, new, users)
+            own = column[start:]
+            own[:] = (own + own.permute(2, 3, 0, 1)) / 2  # symmetric to the last bit
+            context.products[:end, :, start:end] = column
+            context.products[start:end, :, :end] = column.permute(2, 3, 0, 1)
+            squares = own.reshape(new * users, new * users).diagonal()
+            context.used[start:end] = squares.view(new, users) > 0
     return context
 
 
