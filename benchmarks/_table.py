@@ -66,11 +66,17 @@ class Table:
         self.rows: dict[str, dict[str, Any]] = kept
         self.facts: dict[str, Any] = {}
 
-    def row(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
-        """The figures of one row: kept ones, or computed now and written."""
+    def row(
+        self, name: str, compute: Callable[[], Mapping[str, Any]], unit: int | None = None
+    ) -> dict[str, Any] | None:
+        """The figures of one row: kept ones, or computed now and written.
+
+        Rows of one ``unit``, numbered from 1, stay in one part.
+        """
         self.asked += 1
         if name not in self.rows:
-            if self.asked % self.parts != self.part % self.parts:
+            number = self.asked if unit is None else unit
+            if number % self.parts != self.part % self.parts:
                 return None
             if time.monotonic() > self.end:
                 self.left_out.append(name)
