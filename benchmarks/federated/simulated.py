@@ -3,7 +3,8 @@
     python benchmarks/federated/simulated.py [--quick] [--minutes 3] [--device cuda]
 
 ``participants``: a whole federation of N on MNIST (in WEIGHTSHARE_DATA), 6 samples each, messages
-through their bytes: seconds of a round, of which training, and the process's peak memory.
+by reference and through their bytes: seconds of a round, of which training, and the process's peak
+memory so far.
 ``training``: one round of 20 participants with 300 samples each, one after another, stacked on the
 CPU and stacked on the device; ``difference`` is the largest of a weight from the first.
 """
@@ -24,11 +25,13 @@ from weightshare.federated.config import FederateConfig
 from weightshare.federated.simulation import simulate
 
 
-def participants(count: int, data: str, samples: int, rounds: int, device: str) -> dict:
+def participants(
+    count: int, data: str, samples: int, rounds: int, device: str, as_bytes: bool
+) -> dict:
     """One federation of many."""
     config = FederateConfig(data, participants=count, samples=samples, rounds=rounds, epochs=1,
                             strategy="reputation", device=device)  # fmt: skip
-    here = simulate(config)
+    here = simulate(config, as_bytes=as_bytes)
     spent, train = [0.0], here.training.train
 
     def timed(starts, number):
@@ -76,12 +79,13 @@ def main() -> None:
     device = table.options.device
     torch.set_num_threads(1)
     table.facts = {"trained_on": device}
-    if table.quick:
-        table.row("training", lambda: training("digits", 400, device))
-        table.row("100 participants", lambda: participants(100, "digits", 600, 2, device))
-    else:
-        table.row("training", lambda: training("mnist", 6000, device))
-        table.row("1000 participants", lambda: participants(1000, "mnist", 6000, 3, device))
+    count, data, samples = (100, "digits", 600) if table.quick else (1000, "mnist", 6000)
+    table.row("training", lambda: training(data, 400 if table.quick else samples, device))
+    for how, as_bytes in (("by reference", False), ("as bytes", True)):
+        table.row(
+            f"{count} participants, {how}",
+            lambda b=as_bytes: participants(count, data, samples, 3, device, b),
+        )
     table.write()
     table.show(["loop_seconds", "stacked_seconds", "device_seconds", "device_difference",
                 "seconds_per_round", "peak_gib"])  # fmt: skip

@@ -31,7 +31,7 @@ class Payout:
         """The reward, ``(D,)``; None where there is none."""
         if self.rewards is None or not self.count(name):
             return None
-        return np.where(self.rewards.support(name), self._values(name), np.float32(0))
+        return self.rewards.dense(name, self._values(name))
 
     def order(self, ticket: wire.Ticket) -> RecordDict:
         """The message that brings it."""

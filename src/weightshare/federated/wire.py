@@ -4,8 +4,9 @@ To a participant, ``train.personal``: ``round`` (number, scale of its last updat
 model it must start from), and either ``model`` (all weights) or ``reward``. Back: ``update``, one
 flat float32 array, and ``report`` (round and checksum it belongs to).
 
-A reward of k of D entries is a bit for each entry and k values, in index order: 4 k + D / 8 bytes,
-and no sign of what others were given.
+A reward of k of D entries is a bit for each entry and k values, in index order: 4 k + D / 8 bytes;
+more than half of the entries are sent as the whole vector with zeros. Neither shows what others
+were given.
 """
 
 import io
@@ -63,9 +64,10 @@ def order(
     *,
     scale: float = 0.0,
     model: Vector | None = None,
-    reward: tuple[np.ndarray[Any, Any], Vector] | None = None,
+    reward: tuple[np.ndarray[Any, Any] | None, Vector] | None = None,
 ) -> RecordDict:
-    """What a participant is sent. ``reward`` is (support, values on it); None for nothing."""
+    """What a participant is sent. ``reward`` is (support, values on it), or (None, whole vector);
+    None for nothing."""
     facts = {"round": ticket.round, "scale": float(scale), "checksum": ticket.checksum}
     content = RecordDict({"round": ConfigRecord(facts)})
     if model is not None:
@@ -73,7 +75,7 @@ def order(
     if reward is not None:
         support, values = reward
         arrays = {"values": array(values)}
-        if not support.all():
+        if support is not None:
             arrays["support"] = array(np.packbits(support))
         content["reward"] = ArrayRecord(arrays)
     return content
