@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _table import Table, spread
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -133,6 +134,11 @@ def show(found: Mapping[str, Any], beside: Iterable[str]) -> None:
                 cells += f"{'-':>26}"
         loss = f"{row['loss']:.4f} ± {row['half_width']:.4f}"
         print(f"{name:<36}{row['trained']:>10,}{row['rate']:>9g}{loss:>18}{row['seeds']:>6}{cells}")
+
+
+def put(config: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A function that adapts a base model as ``config()`` says."""
+    return lambda base: get_peft_model(base, config())
 
 
 def train_adapter(

@@ -8,8 +8,8 @@ choose the learning rate of each method with seed 0, the other half are judged, 
 token. Seeds change the adapter's start and the order of the data.
 
 ``--users``: the eight categories of the data are eight users, each judged on its own category, the
-figure is their mean. A batch holds as many windows of each. What is compared at equal memory *for
-all users together*: one adapter for everybody, an adapter for each, and a public pool for everybody
+figure is their mean. A batch holds as many windows of each. What is compared at equal memory for
+all users together: one adapter for everybody, an adapter for each, and a public pool for everybody
 with a small part for each.
 """
 
@@ -26,21 +26,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import UniLoraConfig
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _sweep import fuse_norms, show, summary, sweep, train_adapter
+import _users
+from _sweep import fuse_norms, put, show, summary, sweep, train_adapter
 from _table import Table
+from _users import Method
 
 from weightshare.errors import UserError
 from weightshare.language import encode_instructions, load_model
 from weightshare.language.instructions import Instruction
 from weightshare.language.text import IGNORED
 from weightshare.report import replacing
-from weightshare.shards import MosConfig, add_user
+from weightshare.shards import MosConfig
 from weightshare.shards.methods import linear_targets
 from weightshare.shards.tuning import _packed
 from weightshare.training import EpochBatches, Losses, Place, Task, Term, held_out
@@ -48,7 +50,6 @@ from weightshare.training import EpochBatches, Losses, Place, Task, Term, held_o
 LENGTH = 512
 HELD_OUT = 20
 BESIDE = {"lora2": "LoRA r=2", "lora1": "LoRA r=1"}
-USERS_BESIDE = {"one": "one LoRA r=2", "own": "LoRA r=1 for each"}
 
 
 def main() -> None:
@@ -71,8 +72,8 @@ def main() -> None:
     if table.quick:
         options.steps, options.seeds, options.batch = 2, 1, 8
     bench = Bench(options, 256 if table.quick else LENGTH, 80 if table.quick else None)
-    beside = USERS_BESIDE if options.users else BESIDE
-    methods = users(bench) if options.users else single(bench)
+    beside = _users.BESIDE if options.users else BESIDE
+    methods = _users.users(bench.names, shards=1, rate=1e-3) if options.users else single(bench)
     if options.only:
         methods = {name: methods[name] for name in options.only.split(";")}
     elif table.quick:
@@ -88,10 +89,6 @@ def main() -> None:
     table.write()
     show(table.facts["summary"], beside)
     print(f"left out: {table.left_out}\nwritten to {table.file.name}")
-
-
-Method = tuple[Callable[[Any], Any], float]
-"""A function that adapts the base model, and the lower of the first two learning rates."""
 
 
 def single(bench: "Bench") -> dict[str, Method]:
@@ -142,52 +139,6 @@ def single(bench: "Bench") -> dict[str, Method]:
     }
 
 
-def users(bench: "Bench") -> dict[str, Method]:
-    """Eight users; all adapters together take 2 or 8 times the numbers of LoRA of rank 1."""
-    names = bench.names
-    usual = {"target_modules": "all-linear", "shards_per_vector": 1, "private_rank": 0}
-
-    def everybody(base: Any, **options: Any) -> Any:
-        return get_peft_model(base, MosConfig(**{**usual, **options}), adapter_name="all")
-
-    def each(base: Any, **options: Any) -> Any:
-        model = get_peft_model(base, MosConfig(**{**usual, **options}), adapter_name=names[0])
-        for seed, name in enumerate(names[1:], start=1):
-            model.add_adapter(name, MosConfig(**{**usual, "index_seed": seed, **options}))
-        return model
-
-    def public(base: Any, e: float, rank: int, own: float, apart: bool = False) -> Any:
-        model = everybody(base, equivalent_rank=e, rank=rank)
-        for seed, name in enumerate(names):
-            more = {"index_seed": seed} if apart else {}
-            add_user(model, name, "all", equivalent_rank=own, rank=max(1, round(4 * own)), **more)
-        return model
-
-    def lora(rank: int) -> dict[str, int]:
-        return {"equivalent_rank": rank, "rank": rank, "private_rank": rank}
-
-    return {
-        "one LoRA r=2": (partial(everybody, **lora(2)), 1e-3),
-        "LoRA r=1 for each": (partial(each, **lora(1)), 1e-3),
-        "MoS e=0.25 for each": (
-            partial(each, equivalent_rank=0.25, rank=4, shards_per_vector=2),
-            4e-3,
-        ),
-        "public e=1.2, own e=0.1": (partial(public, e=1.2, rank=4, own=0.1), 2e-3),
-        "one LoRA r=8": (partial(everybody, **lora(8)), 5e-4),
-        "MoS e=1 for each": (partial(each, equivalent_rank=1, rank=4), 2e-3),
-        "public e=4, own e=0.5": (partial(public, e=4, rank=16, own=0.5), 2e-3),
-        "public e=1.2, own e=0.1, apart": (
-            partial(public, e=1.2, rank=4, own=0.1, apart=True),
-            2e-3,
-        ),
-    }
-
-
-def put(config: Callable[[], Any]) -> Callable[[Any], Any]:
-    return lambda base: get_peft_model(base, config())
-
-
 class Bench:
     """The frozen model, its windows, and one training run of an adapter."""
 
@@ -217,9 +168,13 @@ class Bench:
         begun = time.perf_counter()
         model = adapt(self.base)
         if self.options.users:
-            model.base_model.set_adapter(list(model.peft_config))
+            _users.activate(model)
         trained = model.get_nb_trainable_parameters()[0]
-        task = Responses(model, self.adapters(model, self.options.batch // len(self.names)))
+        rows = None
+        if self.options.users:
+            share = self.options.batch // len(self.names)
+            rows = _users.adapters_of_rows(model, self.names, share)
+        task = Responses(model, rows)
         found: dict[str, Any] = {}
         took = 0.0
         try:
@@ -237,12 +192,6 @@ class Bench:
         seconds = {"seconds": time.perf_counter() - begun, "training_seconds": took}
         return found | {"trained": trained, **{k: round(v, 2) for k, v in seconds.items()}}
 
-    def adapters(self, model: Any, share: int) -> list[str] | None:
-        """The adapter of each row of a batch with ``share`` rows a user."""
-        if not self.options.users or not isinstance(model, PeftModel):
-            return None
-        return [n if n in model.peft_config else "all" for n in self.names for _ in range(share)]
-
     def losses(self, model: Any, part: str) -> dict[str, float]:
         """Held-out loss of each user."""
         found = {}
@@ -250,7 +199,7 @@ class Bench:
             pieces = [chosen(x, y) for x, y in rows_of(self.data[name], part)]
             task = Responses(model)
             if self.options.users and isinstance(model, PeftModel):
-                model.set_adapter(name if name in model.peft_config else "all")
+                model.set_adapter(_users.adapter_of(model, name))
             with torch.no_grad():
                 found[name] = held_out(task, pieces, self.place)["loss"]
         return found

@@ -1,6 +1,6 @@
 """What sharing shards buys at equal budget: the ladder from pure sharing to the full method.
 
-    python benchmarks/shards/replica.py [--quick] [--preset r1|r2] [--budgets] [--base FILE]
+    python benchmarks/shards/replica.py [--quick] [--preset r1|r2] [--budgets | --users]
 
 A byte-level decoder is pre-trained on the running Python's standard library, frozen, and adapted to
 another language (Perl modules, or what ``--target`` names). Every method takes the learning rate
@@ -9,26 +9,33 @@ start and the order of the text. Rows of equal budget train the same number of p
 VB-LoRA cannot be brought to it and say what they train. ``r1``: 8 blocks of width 64, for a CPU.
 ``r2``: 12 blocks of width 512 in bfloat16, for a GPU. ``--budgets`` draws the curve of loss over
 parameters instead of the ladder, also below LoRA of rank 1.
+
+``--users``: each text file of the folder ``--target`` is a user, and what is judged is the mean of
+the users' losses. A batch holds as many windows of each. What is compared at equal memory for all
+users together: one adapter for everybody, an adapter for each, and a public pool for everybody with
+a small part for each.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig
 from peft.tuners import UniLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _sweep import fit, fuse_norms, show, summary, sweep, train_adapter
+import _users
+from _sweep import fit, fuse_norms, put, show, summary, sweep, train_adapter
 from _table import Table
 
 from weightshare.data.stdlib import gather_sources
@@ -49,6 +56,8 @@ RATES = {
 }
 BUDGETS = (2, 1, 0.5, 0.25, 4, 8, 16)
 PERL = "/usr/share/perl"
+USER_BATCH = 4
+"""Windows of each user in a batch."""
 BESIDE = {"lora": "LoRA r=2", "full": "MoS, all four"}
 
 
@@ -56,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="r1")
     parser.add_argument("--budgets", action="store_true", help="the curve instead of the ladder")
+    parser.add_argument("--users", action="store_true", help="many users instead of one")
     parser.add_argument("--base", type=Path, help="pre-trained base, made if it is not there")
     parser.add_argument("--source", type=Path, help="text the base learns")
     parser.add_argument("--target", type=Path, default=Path(PERL), help="text to adapt to")
@@ -65,7 +75,11 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     table = Table(
-        lambda o: f"shards_{'budgets' if o.budgets else 'replica'}_{o.preset}", __doc__, parser
+        lambda o: (
+            f"shards_{'users' if o.users else 'budgets' if o.budgets else 'replica'}_{o.preset}"
+        ),
+        __doc__,
+        parser,
     )
     options = table.options
     size = PRESETS[options.preset]
@@ -73,19 +87,29 @@ def main() -> None:
         size = {**size, "width": 32, "inner": 64, "base": 8}
         options.steps, options.seeds = 6, 2
     bench = Bench(size, options)
-    methods = budgets(bench) if options.budgets else ladder(bench)
+    rates: dict[str, Sequence[float]]
+    beside = _users.BESIDE if options.users else BESIDE
+    if options.users:
+        table_of_users = _users.users(list(bench.texts), shards=4, rate=RATES[options.preset][1])
+        adapts = {name: adapt for name, (adapt, _) in table_of_users.items()}
+        rates = {name: (rate, 2 * rate) for name, (_, rate) in table_of_users.items()}
+    else:
+        configs = budgets(bench) if options.budgets else ladder(bench)
+        adapts = {name: put(config) for name, config in configs.items()}
+        rates = dict.fromkeys(adapts, RATES[options.preset])
     if options.only:
-        methods = {name: methods[name] for name in options.only.split(";")}
+        adapts = {name: adapts[name] for name in options.only.split(";")}
     elif table.quick:
-        methods = {name: methods[name] for name in [*list(methods)[:3], list(methods)[-1]]}
-    rates = RATES[options.preset][:2] if table.quick else RATES[options.preset]
+        adapts = {name: adapts[name] for name in [*list(adapts)[:3], list(adapts)[-1]]}
+    if table.quick:
+        rates = {name: tried[:2] for name, tried in rates.items()}
     table.facts |= {"preset": options.preset, "steps": options.steps, "base": bench.base_losses}
     print(f"base: {bench.base_losses}", flush=True)
-    runs = {name: partial(bench.run, make) for name, make in methods.items()}
-    sweep(table, runs, dict.fromkeys(runs, rates), options.seeds)
-    table.facts["summary"] = summary(table.rows, methods, options.seeds, BESIDE, not table.quick)
+    runs = {name: partial(bench.run, adapt) for name, adapt in adapts.items()}
+    sweep(table, runs, rates, options.seeds)
+    table.facts["summary"] = summary(table.rows, adapts, options.seeds, beside, not table.quick)
     table.write()
-    show(table.facts["summary"], BESIDE)
+    show(table.facts["summary"], beside)
     print(f"left out: {table.left_out}\nwritten to {table.file.name}")
 
 
@@ -160,18 +184,29 @@ def lora(rank: int) -> Callable[[], Any]:
 
 
 class Bytes(Task):
-    """Next-byte loss of windows without padding."""
+    """Next-byte loss of windows without padding; each with the adapter that is named for it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, names: list[str] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.named = {} if names is None else {"adapter_names": names}
 
     def forward(self, ids: Tensor) -> Losses:
-        return {"cross_entropy": Term(*next_token_loss(self.model(input_ids=ids).logits, ids))}
+        logits = self.model(input_ids=ids, **self.named).logits
+        return {"cross_entropy": Term(*next_token_loss(logits, ids))}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows to learn from, to choose a learning rate by and to be judged on, (n, length)."""
+
+    train: Tensor
+    watched: Tensor
+    judged: Tensor
 
 
 class Bench:
-    """The frozen base, its texts, and one training run of an adapter."""
+    """The frozen base, the texts by user (or "all"), and one training run of adapters."""
 
     def __init__(self, size: Mapping[str, int], options: argparse.Namespace) -> None:
         self.size, self.options = size, options
@@ -183,19 +218,20 @@ class Bench:
             )
         else:
             source = "\n".join(read_documents(options.source))
-        target = read_target(options.target)
-        self.source, windows = byte_windows(source, length), byte_windows(target, length)
-        held = len(windows) // 5
-        self.train, rest = windows[:-held], windows[-held:]
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-        count = 32 if options.quick else min(256, len(rest) // 2)
-        self.watched, self.judged = rest[order[:count]], rest[order[count : 2 * count]]
+        self.source = byte_windows(source, length)
+        if options.users:
+            files = sorted(options.target.glob("*.txt"))
+            self.texts = {file.stem: cut(read_target(file), length, 64) for file in files}
+        else:
+            most = 32 if options.quick else 256
+            self.texts = {"all": cut(read_target(options.target), length, most)}
+        self.share = USER_BATCH if options.users else size["batch"]
         self.base = self.pretrained(options.base)
         self.unit = sum(t.in_features + t.out_features for t in linear_targets(self.base))
         self.base_losses = {
             "parameters": sum(p.numel() for p in self.base.parameters()),
             "source": self.loss(self.base, self.source[-256:]),
-            "target": self.loss(self.base, self.judged),
+            "target": self.held_out(self.base, "judged"),
         }
 
     def pretrained(self, kept: Path | None) -> LlamaForCausalLM:
@@ -226,7 +262,7 @@ class Bench:
         rate = 4e-3 if size["width"] <= 64 else 1e-3
         loop = LoopConfig(steps=size["base"], learning_rate=rate, precision=self.precision)
         batch = 24 if size["width"] <= 64 else 64
-        fit(Bytes(model), Batches(self.source[:-256], batch, 0), loop, self.device)
+        fit(Bytes(model), Batches([self.source[:-256]], batch, 0), loop, self.device)
         if kept is not None:
             with replacing(kept) as path:
                 save_file(dict(model.named_parameters()), path)
@@ -236,34 +272,63 @@ class Bench:
     def precision(self) -> str:
         return "bf16" if self.options.preset == "r2" else "fp32"
 
-    def run(self, make: Callable[[], Any], rate: float, seed: int) -> dict[str, Any]:
-        """Train one adapter; held-out losses in nats per byte."""
+    @property
+    def place(self) -> Place:
+        return Place(self.device, self.precision)
+
+    def run(self, adapt: Callable[[Any], Any], rate: float, seed: int) -> dict[str, Any]:
+        """Train one adapter, or those of all users; held-out losses in nats per byte."""
         torch.manual_seed(seed)
         begun = time.perf_counter()
-        model = get_peft_model(self.base, make())
+        model = adapt(self.base)
+        rows = None
+        if self.options.users:
+            _users.activate(model)
+            rows = _users.adapters_of_rows(model, list(self.texts), self.share)
         trained = model.get_nb_trainable_parameters()[0]
-        batches = Batches(self.train, self.size["batch"], seed)
-        place = Place(self.device, self.precision)
+        batches = Batches((text.train for text in self.texts.values()), self.share, seed)
         try:
-            train_adapter(Bytes(model), batches, self.options, place, rate, seed)
-            watched, judged = (self.loss(model, part) for part in (self.watched, self.judged))
+            train_adapter(Bytes(model, rows), batches, self.options, self.place, rate, seed)
+            watched, judged = (self.held_out(model, part) for part in ("watched", "judged"))
         except UserError:
             watched = judged = float("inf")
         model.base_model.unload()
         seconds = round(time.perf_counter() - begun, 2)
         return {"watched": watched, "judged": judged, "trained": trained, "seconds": seconds}
 
+    def held_out(self, model: Any, part: str) -> float:
+        """Mean over the users of the loss on their own text."""
+        found = []
+        for name, text in self.texts.items():
+            if self.options.users and isinstance(model, PeftModel):
+                model.set_adapter(_users.adapter_of(model, name))
+            found.append(self.loss(model, getattr(text, part)))
+        return sum(found) / len(found)
+
     def loss(self, model: Any, windows: Tensor) -> float:
-        place = Place(self.device, self.precision)
         with torch.no_grad():
-            return held_out(Bytes(model), windows.long().split(64), place)["loss"]
+            return held_out(Bytes(model), windows.long().split(64), self.place)["loss"]
 
 
-class Batches(EpochBatches):
-    """Bytes are kept as they are; a batch is of token ids."""
+class Batches:
+    """``batches[step]``: as many windows of every text, as token ids."""
+
+    def __init__(self, texts: Iterable[Tensor], share: int, seed: int) -> None:
+        self.parts = [EpochBatches(text, share, seed) for text in texts]
 
     def __getitem__(self, step: int) -> Tensor:
-        return super().__getitem__(step).long()
+        return torch.cat([part[step] for part in self.parts]).long()
+
+
+def cut(text: str, length: int, most: int) -> Text:
+    """The last fifth is held out; at most so many windows of it to watch, as many to judge."""
+    windows = byte_windows(text, length)
+    held = len(windows) // 5
+    rest = windows[-held:]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
+    count = min(most, len(rest) // 2)
+    watched, judged = rest[order[:count]], rest[order[count : 2 * count]]
+    return Text(windows[:-held], watched, judged)
 
 
 def byte_windows(text: str, length: int) -> Tensor:
