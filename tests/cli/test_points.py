@@ -195,7 +195,7 @@ def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
     for data in ("nbody", str(molecules)):
         assert main(["points", data, "--dry-run", *TINY, "--out", str(tmp_path / "x")]) == 0
         shown = capsys.readouterr().out
-        assert "parameters" in shown and "nothing was written" in shown
+        assert "parameters" in shown and "ms a step" in shown and "nothing was written" in shown
     assert not (tmp_path / "x").exists()
 
 
@@ -209,6 +209,8 @@ def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
         (["nbody", "--test-size", "-1"], "--test-size is -1"),
         (["nbody", "--cutoff", "3"], "--cutoff is for files"),
         (["FILE", "--signs"], "--signs is for nbody"),
+        (["FILE", "--force-weight", "-1"], "--force-weight is -1"),
+        (["nbody", "--signs", "--no-augment"], "--signs is an augmentation"),
         (["FILE", "--unit", "kJ"], "unit 'kJ'"),
         (["FILE", "--train-size", "40"], "too few"),
         (["FILE", "--test", "/nowhere.npz"], "No data set"),

@@ -43,7 +43,8 @@ def check(config: "PointsConfig") -> None:
         )
     if not 0 <= config.size("ema") < 1:
         raise UserError(f"--ema is {config.size('ema')}; give 0 for none, or a decay below 1.")
-    for name in ("train_size", "valid_size", "test_size", "cutoff", "rotations"):
+    weights = ("energy_weight", "force_weight", "stress_weight", "weight_decay")
+    for name in ("train_size", "valid_size", "test_size", "cutoff", "rotations", *weights):
         if getattr(config, name) < 0:
             raise UserError(f"--{dashed(name)} is {getattr(config, name)}; give 0 or more.")
     files = "files of structures"
@@ -53,3 +54,5 @@ def check(config: "PointsConfig") -> None:
     for name, data in only.items():
         if getattr(config, name) and data != kind:
             raise UserError(f"--{dashed(name)} is for {data}, not for {kind}; leave it out.")
+    if config.signs and not config.augment:
+        raise UserError("--signs is an augmentation; leave out --no-augment.")

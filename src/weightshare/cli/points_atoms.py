@@ -68,8 +68,10 @@ def atoms(config: "PointsConfig") -> None:
         config.stress_weight if periodic else 0.0,
         per_atom=len({len(frame) for frame in frames["train"]}) > 1,
     ).to(device)
+    size = min(config.size("batch_size"), len(frames["train"]))
+    first = loaders["train"].batch(range(size), device)
     if config.dry_run:
-        estimate(config, task, len(frames["train"]))
+        estimate(config, task, len(frames["train"]), first)
         return
     with Run.open(config.out, config, command="points", resume=config.resume) as run:
         captured = loaders["train"].dense and device.type == "cuda"
@@ -80,9 +82,6 @@ def atoms(config: "PointsConfig") -> None:
             say("steps are not captured as a CUDA graph: the number of neighbours changes")
 
         # 1. Train.
-        first = loaders["train"].batch(
-            range(min(config.size("batch_size"), len(frames["train"]))), device
-        )
         options = {k: first[k] for k in ("edges", "shifts", "cell", "batch", "mask") if k in first}
         potential.calibrate_(first["numbers"], first["positions"], **options)
         seconds = train(
@@ -116,12 +115,12 @@ def atoms(config: "PointsConfig") -> None:
             )
             potential.network = plain
         said = task.predict(checked)
-        size = 1000 * float(said.forces.square().mean().sqrt())
+        typical = 1000 * float(said.forces.square().mean().sqrt())
         run.summary(
             parameters=sum(p.numel() for p in task.parameters()),
             test={k: v for k, v in rows[1].items() if k != "method"},
             baselines={k: v for k, v in rows[0].items() if k != "method"},
-            equivariance_error=spread["force_mev_a"] / size if size else 0.0,
+            equivariance_error=spread["force_mev_a"] / typical if typical else 0.0,
             rotation_spread=spread,
             seconds={"train": seconds},
         )  # fmt: skip

@@ -33,7 +33,9 @@ def nbody(config: "PointsConfig") -> None:
     task = DynamicsTask(network, horizon).to(device)
     counts = (config.train_size or 3000, config.valid_size or 2000, config.test_size or 2000)
     if config.dry_run:
-        estimate(config, task, counts[0])
+        batch = {name: torch.randn(config.size("batch_size"), 5, 3) for name in VECTORS}
+        batch["charges"] = torch.ones(config.size("batch_size"), 5)
+        estimate(config, task, counts[0], {k: v.to(device) for k, v in batch.items()})
         return
     with Run.open(config.out, config, command="points", resume=config.resume) as run:
         # 1. The trajectories: the published ones where they are at hand, else simulated.

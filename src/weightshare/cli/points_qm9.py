@@ -36,19 +36,20 @@ def qm9(config: "PointsConfig") -> None:
         multiple_readouts=False, **sizes(config),
     )  # fmt: skip
     task = PropertyTask(network, species, float(truth.mean()), float(truth.std())).to(device)
+
+    def batches(part: str, size: int = 250) -> Any:
+        count = len(rows[part])
+        for low in range(0, count, size):
+            yield {k: v[low : low + size].to(device) for k, v in sets[part].items()}
+
+    first = next(batches("train", config.size("batch_size")))
     if config.dry_run:
-        estimate(config, task, len(truth))
+        estimate(config, task, len(truth), first)
         return
     with Run.open(config.out, config, command="points", resume=config.resume) as run:
         run.summary(device=str(device), data={k: len(v) for k, v in rows.items()})
 
         # 1. Train.
-        def batches(part: str, size: int = 250) -> Any:
-            count = len(rows[part])
-            for low in range(0, count, size):
-                yield {k: v[low : low + size].to(device) for k, v in sets[part].items()}
-
-        first = next(batches("train", config.size("batch_size")))
         network.calibrate_(*task.inputs(first), mask=first["mask"])
         seconds = train(
             config, run, task, sets["train"], ("positions",), watch="mae",

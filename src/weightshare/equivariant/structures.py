@@ -172,7 +172,9 @@ def _unit_of(kept: dict[str, np.ndarray], revised: bool, path: Path) -> str:
     for name in UNITS:
         if name.lower() in said.lower().split():
             return name
-    raise UserError(f"{path} does not say in which unit its energies are; give the unit.")
+    raise UserError(
+        f"{path} does not say in which unit its energies are; give the unit: {', '.join(UNITS)}."
+    )
 
 
 def stack_molecules(frames: Sequence[Structure]) -> dict[str, Tensor]:
