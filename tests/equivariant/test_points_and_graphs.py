@@ -7,7 +7,14 @@ import pytest
 import torch
 from equivariant.clouds import close, cloud, network
 
-from weightshare.equivariant import Ponita, PonitaPoints, lift_bonds, load_qm9, random_rotations
+from weightshare.equivariant import (
+    Ponita,
+    PonitaPoints,
+    lift,
+    lift_bonds,
+    load_qm9,
+    random_rotations,
+)
 from weightshare.equivariant.qm9 import TARGETS
 from weightshare.errors import UserError
 
@@ -115,6 +122,34 @@ def test_graphs_of_pytorch_geometric_go_in_and_stay_as_they_were(fully_connected
         ).abs().amax(1) > 0  # fmt: skip
         assert changed.tolist() == [False, False, True, False]
         assert not close(model(one).scalars, plain, 1e-6)
+
+
+def test_the_layer_is_the_convolution_of_the_network():
+    from weightshare.equivariant import PonitaConv
+
+    model, (_, batch) = network(orientations=16, cutoff=2.0), graphs()
+    layer = PonitaConv(8, 16, hidden=8, basis=8, cutoff=2.0).double()
+    layer.functions.load_state_dict(model.functions.state_dict())
+    layer.conv.load_state_dict(model.blocks[0].conv.state_dict())
+    field = model.embed(lift(layer.grid, batch.x, batch.vectors))
+    heard = []
+    model.blocks[0].conv.register_forward_hook(lambda module, given, found: heard.append(found))
+    model(batch.pos, batch.x, batch.vectors, edges=batch.edge_index, batch=batch.batch)
+    assert close(layer(field, batch.pos, batch.edge_index), heard[0])
+    with pytest.raises(UserError, match="x has shape"):
+        layer(field[:, 1:], batch.pos, batch.edge_index)
+
+
+def test_a_cloud_of_all_bonds_is_asked_for_by_a_word():
+    from weightshare.equivariant import PonitaGraph
+
+    model = PonitaPoints(2, 1, scalars_out=1, hidden=8, layers=1, basis=8).double()
+    _, batch = graphs()
+    same = (batch.batch[:, None] == batch.batch) & ~torch.eye(10, dtype=torch.bool)
+    said = model(batch.pos, batch.x, batch.vectors, edges=same.nonzero().T, batch=batch.batch)
+    assert close(PonitaGraph(model, fully_connected=True)(batch).scalars, said.scalars)
+    with pytest.raises(UserError, match="'all'"):
+        model(batch.pos, batch.x, batch.vectors, edges="all")
 
 
 def test_transforms_work_on_todays_version_and_copy():

@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = attach(
         "neighbours": ["Neighbours", "neighbour_list", "radius_edges"],
         "ponita": ["Ponita"],
         "point_cloud": ["LiftedCloud", "PonitaPoints", "lift_bonds"],
-        "geometric": ["PonitaGraph", "RadiusEdges", "RandomRotation"],
+        "geometric": ["PonitaConv", "PonitaGraph", "RadiusEdges", "RandomRotation"],
         "irreps": ["from_irreps", "to_irreps"],
         "qm9": ["QM9", "load_qm9"],
         "reference": ["from_reference"],

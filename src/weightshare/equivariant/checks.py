@@ -62,7 +62,13 @@ def check_graphs(
         raise UserError(
             "No edges: give edges (2, E), edges='full', or build the network with a cutoff."
         )
-    elif edges is not None and edges != "full":
+    elif edges is not None:
+        check_word(edges)
+
+
+def check_word(edges: str) -> None:
+    """Refuse any word for edges but "full"."""
+    if edges != "full":
         raise UserError(f"edges is {edges!r}; give a tensor (2, E) or 'full'.")
 
 

@@ -1,4 +1,4 @@
-"""PyTorch Geometric: graphs in, read-outs out, and two transforms.
+"""PyTorch Geometric: graphs in, read-outs out, the convolution as a layer, and two transforms.
 
 Nothing here changes a graph that it is given: ``BaseTransform`` hands over a shallow copy, whose
 attributes are replaced and never written into.
@@ -7,14 +7,18 @@ attributes are replaced and never written into.
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
+from weightshare.equivariant.checks import check_edges, check_finite, check_sizes, checked_grid
+from weightshare.equivariant.convolution import BasisFunctions, SeparableConv
 from weightshare.equivariant.fields import Readout
-from weightshare.equivariant.grids import random_rotations
+from weightshare.equivariant.grids import make_grid, random_rotations
+from weightshare.equivariant.invariants import Mode
 from weightshare.equivariant.neighbours import radius_edges
+from weightshare.equivariant.pairs import edge_pairs
 from weightshare.errors import UserError
 
 
@@ -53,6 +57,65 @@ class PonitaGraph(nn.Module):
             batch=data.batch,
             graphs=graphs,
         )
+        return found
+
+
+class PonitaConv(nn.Module):
+    r"""The separable convolution as a layer: ``conv(x, pos, edge_index)``.
+
+    .. math::
+        x_1[i,o] = \sum_{j\to i} k_s(p_j - p_i, o) \odot x[j,o], \qquad
+        x'[i,p] = \tfrac1N \sum_o k_f(o \cdot p) \odot x_1[i,o] + \text{bias}
+
+    Every layer has kernels of its own; ``Ponita`` computes the basis of all its layers once.
+
+    Args:
+        channels: of the field, in and out; they are not mixed.
+        orientations, grid, dim: see ``Ponita``; ``conv.grid`` is what ``lift`` and ``read`` take.
+        hidden, basis, degree, invariants: of the kernels.
+        cutoff: distance at which messages have faded to zero, or None.
+        self_loops: every point also hears itself.
+
+    Shapes: x (n, N, C), pos (n, d), edge_index (2, E) with senders in row 0 -> (n, N, C).
+    """
+
+    grid: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        orientations: int = 20,
+        *,
+        grid: Tensor | None = None,
+        dim: int = 3,
+        hidden: int = 128,
+        basis: int = 256,
+        degree: int = 3,
+        invariants: Mode = "smooth",
+        cutoff: float | None = None,
+        self_loops: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes([channels], [channels], (hidden, basis), invariants, "node")
+        chosen = checked_grid(make_grid(orientations, dim) if grid is None else grid, dim)
+        self.self_loops = self_loops
+        self.register_buffer("grid", chosen)
+        self.register_buffer("weights", torch.full_like(chosen[:, 0], 1 / len(chosen)))
+        self.functions = BasisFunctions(
+            chosen, invariants, False, False, hidden, basis, degree, cutoff, 1.0, None
+        )
+        self.conv = SeparableConv(channels, basis, True)
+
+    def forward(self, x: Tensor, pos: Tensor, edge_index: Tensor) -> Tensor:
+        check_edges(edge_index, len(pos))
+        wanted = (len(pos), len(self.grid), self.conv.bias.shape[0])
+        if tuple(x.shape) != wanted:
+            raise UserError(f"x has shape {tuple(x.shape)}; give (points, N, C), here {wanted}.")
+        check_finite(pos)
+        pairs = edge_pairs(pos, edge_index, self_loops=self.self_loops)
+        kernels = self.functions(pairs, self.grid.to(pos), self.weights.to(pos))
+        found: Tensor = self.conv(x, kernels)
         return found
 
 

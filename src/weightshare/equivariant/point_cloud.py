@@ -1,16 +1,22 @@
 """PONITA on a point cloud in position-orientation space: every bond is a point with a direction."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant.basis import KernelBasis
-from weightshare.equivariant.checks import check_channels, check_edges, check_finite, check_sizes
+from weightshare.equivariant.checks import (
+    check_channels,
+    check_edges,
+    check_finite,
+    check_sizes,
+    check_word,
+)
 from weightshare.equivariant.convolution import ConvNextBlock, Kernels, SeparableConv
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.invariants import Mode, pair_invariants
-from weightshare.equivariant.pairs import Pairs
+from weightshare.equivariant.pairs import Pairs, full_edges
 from weightshare.errors import UserError
 
 
@@ -122,11 +128,11 @@ class PonitaPoints(nn.Module):
         scalars: Tensor | None = None,
         vectors: Tensor | None = None,
         *,
-        edges: Tensor,
+        edges: Tensor | Literal["full"],
         batch: Tensor | None = None,
         graphs: int | None = None,
     ) -> Readout:
-        """Read-outs of atoms or graphs; shapes as for ``Ponita`` with an edge list."""
+        """Read-outs of atoms or graphs; shapes as for ``Ponita`` with an edge list, or "full"."""
         if positions.ndim != 2:
             raise UserError(
                 f"positions have shape {tuple(positions.shape)}; give (points, dimensions)."
@@ -134,6 +140,10 @@ class PonitaPoints(nn.Module):
         check_channels(positions, (scalars, vectors), self.inputs)
         check_finite(positions)
         points, dim = positions.shape
+        if isinstance(edges, str):
+            check_word(edges)
+            alone = torch.zeros(points, dtype=torch.int64, device=positions.device)
+            edges = full_edges(alone if batch is None else batch)
         cloud = lift_bonds(positions, edges)
         parts = [] if scalars is None else [scalars[cloud.atom]]
         if vectors is not None:
