@@ -101,7 +101,7 @@ class PonitaConv(nn.Module):
         chosen = checked_grid(make_grid(orientations, dim) if grid is None else grid, dim)
         self.self_loops = self_loops
         self.register_buffer("grid", chosen)
-        self.register_buffer("weights", torch.full_like(chosen[:, 0], 1 / len(chosen)))
+        self.register_buffer("weights", chosen.new_full((len(chosen),), 1 / len(chosen)))
         self.functions = BasisFunctions(
             chosen, invariants, False, False, hidden, basis, degree, cutoff, 1.0, None
         )
