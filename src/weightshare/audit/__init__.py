@@ -5,7 +5,8 @@ from weightshare._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "examine": ["Audit", "Finding", "audit"],
+        "examine": ["Audit", "audit"],
+        "findings": ["Finding"],
         "layers": ["Layer"],
         "unsharing": ["Unsharing"],
         "suggest": ["Suggestion", "predict"],

@@ -1,14 +1,14 @@
 """Who shares which weight, and do they agree? One backward pass per batch answers both."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from weightshare.audit.findings import Finding, finding, opposed_first
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
 from weightshare.audit.steps import Loss, Progress, alone, silent
@@ -18,45 +18,14 @@ from weightshare.sharing import (
     CountSketch,
     Gram,
     Size,
-    Split,
     Stable,
     all_reduce,
-    mean_agreement,
-    opposed,
     partition,
     per_use,
     size,
-    split,
 )
 from weightshare.sharing.gradients import Gradients
 from weightshare.sharing.preserve import preserved
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found out about one shared layer.
-
-    ``agreement`` is the mean debiased cosine over pairs of users, ``low`` to ``high`` its 95 %
-    jackknife interval; ``conflict_rate`` the share of batches on which a pair pulls apart, averaged
-    over pairs; ``never`` the users that received no gradient in any batch.
-    """
-
-    layer: Layer
-    gram: Gram
-    unique: int
-    saved: int
-    agreement: float
-    low: float
-    high: float
-    conflict_rate: float
-    opposed: tuple[str, str] | None
-    never: tuple[str, ...]
-    split: Split
-
-    @property
-    def similarity(self) -> Tensor:
-        """Debiased cosines of the users, ``(K, K)``."""
-        return self.gram.similarity()
 
 
 @dataclass(frozen=True)
@@ -209,46 +178,6 @@ def by_user(layer: Layer, gradients: Gradients[Any]) -> Gradients[str]:
     }
 
 
-def finding(
-    model: nn.Module,
-    layer: Layer,
-    gram: Gram,
-    *,
-    groups: int = 2,
-    level: float = 0.95,
-    draws: int = 200,
-    seed: int = 0,
-) -> Finding:
-    """Read a finished measurement; users of any kind, if ``gram``'s labels are the layer's."""
-    similarity = gram.similarity()
-    agreement = mean_agreement(similarity)
-    low = high = math.nan
-    if gram.units > 2:
-        from scipy.stats import t
-
-        error = float(gram.jackknife(lambda g: torch.tensor(mean_agreement(g.similarity()))))
-        reach = float(t.ppf(0.5 + level / 2, gram.units - 1)) * error
-        low, high = agreement - reach, agreement + reach
-    pair = opposed(similarity)
-    elements = {name: model.get_parameter(name).numel() for name in layer.tensors}
-    reached = gram.products("paper").diagonal() > 0
-    return Finding(
-        layer=layer,
-        gram=gram,
-        unique=sum(elements.values()),
-        saved=sum(
-            elements[name] * (len(set(users.values())) - 1) for name, users in layer.tensors.items()
-        ),
-        agreement=agreement,
-        low=low,
-        high=high,
-        conflict_rate=mean_agreement(gram.conflict_rate()),
-        opposed=None if pair is None else (layer.users[pair[0]], layer.users[pair[1]]),
-        never=tuple(u for u, r in zip(layer.users, reached.tolist(), strict=True) if not r),
-        split=split(gram, groups, draws=draws, seed=seed),
-    )
-
-
 def _settled(stable: dict[Layer, Stable], grams: dict[Layer, Gram], groups: int) -> bool:
     """Whether every layer's grouping has come out the same often enough."""
 
@@ -263,8 +192,3 @@ def _settled(stable: dict[Layer, Stable], grams: dict[Layer, Gram], groups: int)
 
 def _rounded(value: float) -> float | None:
     return round(value, 3) if math.isfinite(value) else None
-
-
-def opposed_first(findings: Sequence[Finding]) -> list[Finding]:
-    """Findings by agreement, the lowest first; undefined ones last."""
-    return sorted(findings, key=lambda f: math.inf if math.isnan(f.agreement) else f.agreement)

@@ -8,7 +8,8 @@ from weightshare.report import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from weightshare.audit.examine import Audit, Finding
+    from weightshare.audit.examine import Audit
+    from weightshare.audit.findings import Finding
     from weightshare.audit.honesty import Probe
 
 

@@ -19,11 +19,12 @@ taken from half of the batches, s and c from the other, so that noise cannot pro
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from weightshare.audit.findings import Finding
 from weightshare.audit.layers import Layer
 from weightshare.audit.steps import (
     Loss,
@@ -40,9 +41,6 @@ from weightshare.audit.steps import (
 from weightshare.audit.unsharing import KINDS, SAYS, Kind, Unsharing
 from weightshare.errors import UserError
 from weightshare.sharing import partition
-
-if TYPE_CHECKING:
-    from weightshare.audit.examine import Finding
 
 Metric = Literal["adam", "plain"]
 
@@ -106,7 +104,7 @@ def suggest(
     model: nn.Module,
     batches: Sequence[Any],
     loss: Loss,
-    findings: Sequence["Finding"],
+    findings: Sequence[Finding],
     *,
     rank: int = 4,
     kinds: Sequence[Kind] = KINDS,
@@ -143,7 +141,7 @@ def _rank(suggestion: Suggestion) -> tuple[int, float]:
     return 0 if useful else 1 if kept else 2, -gain
 
 
-def found_groups(found: "Finding") -> tuple[tuple[str, ...], ...] | None:
+def found_groups(found: Finding) -> tuple[tuple[str, ...], ...] | None:
     """The advised groups of a layer, or the best two by the gradients' own lengths."""
     if found.split.advised:
         return found.split.groups
