@@ -208,11 +208,13 @@ def spread_rotations(count: int) -> Tensor:
     return turns @ turns[0].T
 
 
+_PLACES = torch.tensor([[1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
+_LEFT = torch.tensor([[-1, 1, -1, 1], [-1, 1, 1, -1], [-1, -1, 1, 1]])
+_RIGHT = torch.tensor([[-1, 1, 1, -1], [-1, -1, 1, 1], [-1, 1, -1, 1]])
+
+
 def _from_quaternions(q: Tensor) -> Tensor:
-    w, x, y, z = q.unbind(-1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+    """Rotations (..., 3, 3) of unit quaternions (w, x, y, z): products of two matrices with the
+    same four numbers, few operations because every training step draws some."""
+    numbers = q[..., _PLACES]
+    return (numbers * _LEFT.to(q)) @ (numbers * _RIGHT.to(q)).mT
