@@ -31,8 +31,9 @@ from _table import Table, spread
 
 from weightshare.federated import fairness
 from weightshare.federated.config import FederateConfig
+from weightshare.federated.loading import load_samples
 from weightshare.federated.lockstep import Lockstep
-from weightshare.federated.samples import Samples, load_samples
+from weightshare.federated.samples import Samples
 from weightshare.federated.simulation import Simulation, simulate
 
 RULES = (

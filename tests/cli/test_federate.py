@@ -155,7 +155,7 @@ def test_a_refusal_leaves_no_folder_that_would_bar_the_next_try(tmp_path, capsys
 def test_files_in_mnists_format_are_read(tmp_path, monkeypatch):
     import gzip
 
-    from weightshare.federated.samples import load_samples
+    from weightshare.federated.loading import load_samples
 
     folder = tmp_path / "mnist"
     folder.mkdir()

@@ -8,9 +8,9 @@ import torch
 
 from weightshare.errors import UserError
 from weightshare.federated.config import FederateConfig
+from weightshare.federated.loading import load_samples
 from weightshare.federated.lockstep import Lockstep
 from weightshare.federated.models import model_for
-from weightshare.federated.samples import load_samples
 from weightshare.federated.simulation import simulate
 
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from weightshare.federated.config import FederateConfig
     from weightshare.federated.simulation import Simulation
 
@@ -16,6 +18,7 @@ EXAMPLES = """
   weightshare federate digits --attack alie --adversaries 4 --strategy robust
   weightshare federate mnist --samples 6000 --strategy median --attack label_flip --adversaries 11
   weightshare federate digits --attack free_rider --adversaries 2 --observe --dry-run
+  weightshare federate texts/ --model tiny --adapter lora --attack sign_flip --adversaries 1
 """
 
 FEW = 1000
@@ -27,16 +30,15 @@ def run(config: "FederateConfig") -> None:
     from pathlib import Path
 
     from weightshare.cli.console import device_of, say, show_table
-    from weightshare.federated.simulation import simulate
     from weightshare.report import Run
 
     device = device_of(config.device)
     config.check()
     if config.dry_run:
-        show_plan(simulate(config))
+        show_plan(federation(config))
         return
     # Before the run is opened: options that the data refuse must not leave a folder behind.
-    here = simulate(config, Path(config.out) / "server")
+    here = federation(config, Path(config.out) / "server")
 
     with (
         one_thread(),
@@ -62,17 +64,36 @@ def run(config: "FederateConfig") -> None:
         rows = participant_rows(here, alone)
         run.save("checkpoint.safetensors", lambda path: save_models(path, here))
         run.summary(**facts(here, rows))
+        if config.model:
+            run.save("adapters", lambda folder: save_adapters(folder, here))
         draw(run, here, alone, rows)
         show_table(f"{config.strategy} on {config.data}, {config.attack}", rows)
         say(verdict(run.summary()))
         say(f"report: {run.path / 'report.html'}")
 
 
+def federation(config: "FederateConfig", folder: "Path | None" = None) -> "Simulation":
+    """What the options describe; only this knows that a model means adapters."""
+    if config.model is None:
+        from weightshare.federated.simulation import simulate
+
+        return simulate(config, folder)
+
+    from weightshare.cli.models import add_adapter, open_model
+    from weightshare.federated.texts import simulate_texts
+    from weightshare.shards import adapter_config
+
+    source = open_model(config.model, "fp32", config.device)
+    adapter = adapter_config(config.adapter, source.model, equivalent_rank=config.equivalent_rank)
+    model = add_adapter(source, adapter, config.seed)
+    return simulate_texts(config, model, source.tokenizer, folder)
+
+
 def after_round(here: "Simulation", run: Any, advance: Any) -> None:
     """Log the round, write a checkpoint when one is due, move the bar."""
     config, scores = here.config, {}
     last = here.done == config.rounds
-    if last or len(here.test[1]) <= FEW or here.done % config.checkpoint_every == 0:
+    if last or here.material.tested <= FEW or here.done % config.checkpoint_every == 0:
         found = {name: row["accuracy"] for name, row in here.accuracies().items()}
         good = [found[name] for name in here.honest]
         scores = {"accuracy.best": max(good), "accuracy.mean": sum(good) / len(good)}
@@ -98,6 +119,8 @@ def participant_rows(here: "Simulation", alone: dict[str, float]) -> list[dict[s
             "accuracy": round(found[name]["accuracy"], 3),
             "gain": round(found[name]["accuracy"] - alone[name], 3) if name in alone else None,
         }
+        if "loss" in found[name]:
+            row["loss"] = round(found[name]["loss"], 4)
         if strategy is not None:
             standing, judged = strategy.standing, strategy.last
             row["reputation"] = round(standing.reputation.get(name, 0.0), 4)
@@ -137,6 +160,9 @@ def facts(here: "Simulation", rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "bytes": {"sent": here.grid.sent_bytes, "received": here.grid.received_bytes},
     }
+    losses = [row["loss"] for row in good if "loss" in row]
+    if losses:
+        result["loss"] = {"mean": sum(losses) / len(losses)}
     if here.config.attack == "label_flip":
         best = max(here.honest, key=lambda name: found[name]["accuracy"])
         result["label_flip"] = {key: found[best][key] for key in ("target", "success")}
@@ -162,10 +188,20 @@ def save_models(path: Any, here: "Simulation") -> None:
     save_file(here.vectors(), path)
 
 
+def save_adapters(folder: Any, here: "Simulation") -> None:
+    """Everyone's adapter in PEFT's format, a folder each."""
+    from weightshare.federated.adapters import Adapter
+
+    model = here.material.task.model
+    adapter = Adapter(model)
+    for name, vector in here.vectors().items():
+        adapter.write(vector)
+        model.save_pretrained(folder / name)
+
+
 def draw(run: Any, here: "Simulation", alone: dict[str, float], rows: list[dict[str, Any]]) -> None:
     """The report."""
     from weightshare.federated import figures
-    from weightshare.federated.local import confusion
 
     summary = run.summary()
     run.key("accuracy of the honest", f"{summary['accuracy']['mean']:.1%}", "mean")
@@ -204,15 +240,14 @@ def draw(run: Any, here: "Simulation", alone: dict[str, float], rows: list[dict[
         figures.alone_and_together(alone, together),
         "Each honest participant, trained alone and after the federation.",
     )
-    if here.config.attack == "label_flip":
+    if here.config.attack == "label_flip" and here.material.confusion is not None:
         best = max(here.honest, key=lambda name: together[name])
-        classes = int(here.test[1].max()) + 1
-        table = confusion(here.task.model, here.vectors()[best], here.test, classes)
+        table = here.material.confusion(here.vectors()[best])
         run.figure(
             "confusion",
             figures.confusion_map(table),
             "The best honest model: what is taken for what (the attack wants "
-            f"{here.flip[0]} taken for {here.flip[1]}).",
+            f"{here.material.flip[0]} taken for {here.material.flip[1]}).",
         )
 
 

@@ -1,6 +1,5 @@
 """``weightshare tune``: fine-tune a causal language model with a small adapter."""
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,7 @@ def run(config: TuneConfig) -> None:
     if config.dry_run:
         estimate(config, source, data)
         return
+    check(config, source, rates)
     if not group.first:
         train_along(config, source, data, group)
         return
@@ -158,6 +158,20 @@ def read(config: TuneConfig, source: "LanguageModel") -> "TuneData":
     )
 
 
+def check(config: TuneConfig, source: "LanguageModel", rates: list[float]) -> None:
+    """Refuse what cannot be trained while there is no run directory yet to stand in the way."""
+    for rate in rates or [usual_rate(config)]:
+        loop_config(config, source, rate)
+    model: Any = adapted(config, source)
+    if hasattr(model.base_model, "unload"):
+        model.base_model.unload()
+    elif rates:
+        raise UserError(
+            f"--sweep cannot take a {config.method} adapter off the model again; give one "
+            "--learning-rate."
+        )
+
+
 def sweep_rates(text: str) -> list[float]:
     """``"1e-3,2e-3"`` as numbers."""
     try:
@@ -196,9 +210,7 @@ def usual_rate(config: TuneConfig) -> float:
 
 def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
     """The model with a fresh adapter, the same one at every call."""
-    import torch
-    from peft import get_peft_model
-
+    from weightshare.cli.models import add_adapter
     from weightshare.shards import adapter_config
     from weightshare.shards.methods import parse_options
 
@@ -220,15 +232,7 @@ def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
         target_modules="all-linear" if names == ["all-linear"] else names,
         options=options,
     )
-    made.base_model_name_or_path = str(source.path)
-    torch.manual_seed(config.seed)
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers by a name that is going out of use.
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(source.model, made)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{config.method} does not fit {config.model}: {error}.") from error
+    return add_adapter(source, made, config.seed)
 
 
 def loop_config(config: TuneConfig, source: "LanguageModel", rate: float) -> "LoopConfig":
@@ -277,8 +281,6 @@ def trial(
             raise
         return float("inf")
     finally:
-        if not hasattr(model.base_model, "unload"):
-            raise UserError(f"--sweep cannot take a {config.method} adapter off the model again.")
         model.base_model.unload()
     return fit.evaluation["loss"]
 

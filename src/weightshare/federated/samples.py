@@ -21,19 +21,3 @@ class Samples(NamedTuple):
     def classes(self) -> int:
         """How many classes there are."""
         return int(self.train_labels.max()) + 1
-
-
-def load_samples(name: str) -> Samples:
-    """``digits``, a folder with MNIST's four files, or one with the movie reviews.
-
-    Raises:
-        UserError: there is no such data, or the files are not what they should be.
-    """
-    from weightshare.data import locate
-    from weightshare.federated.images import digits, mnist
-    from weightshare.federated.reviews import FILE, reviews
-
-    if name == "digits":
-        return digits()
-    folder = locate(name)
-    return reviews(folder) if (folder / FILE).exists() else mnist(folder)

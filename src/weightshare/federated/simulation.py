@@ -25,27 +25,27 @@ from weightshare.federated.attacks import ATTACKS
 from weightshare.federated.config import FederateConfig, LocalConfig
 from weightshare.federated.federation import run_rounds
 from weightshare.federated.grid import InProcessGrid
+from weightshare.federated.loading import load_samples
 from weightshare.federated.local import (
     Classifier,
     Examples,
     LoopTraining,
     Training,
     accuracies,
+    confusion,
     layer_sizes,
     weights_of,
 )
+from weightshare.federated.material import ROOT, Material
 from weightshare.federated.models import model_for
 from weightshare.federated.participant import Cohort, Memory
 from weightshare.federated.partitions import deal
 from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian
-from weightshare.federated.samples import Samples, load_samples
+from weightshare.federated.samples import Samples
 from weightshare.federated.stacked import StackedTraining
 from weightshare.federated.strategy import ReputationStrategy
 from weightshare.federated.vectors import Vector
 from weightshare.training import Task, checkpoint
-
-ROOT = "root"
-"""Name under which the server's trusted samples are trained on."""
 
 MakeTraining = Callable[[Task, Mapping[str, Examples], LocalConfig], Training]
 """What local training is made by: task, data by participant, options."""
@@ -56,21 +56,39 @@ class Simulation:
     """Everything of one federation; ``simulate`` makes it."""
 
     config: FederateConfig
-    task: Classifier
-    initial: Vector
-    training: Training
-    test: Examples
-    examples: dict[str, int]
-    honest: list[str]
-    adversaries: list[str]
+    material: Material
     cohort: Cohort
     grid: InProcessGrid
     strategy: Strategy
     arrays: ArrayRecord
-    flip: tuple[int, int]
-    """Classes of the label-flip attack: what is flipped, and into what."""
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    _measured: tuple[int, dict[str, dict[str, float]]] = (-1, {})
+
+    @property
+    def honest(self) -> list[str]:
+        """Names of the honest participants."""
+        return self.material.honest
+
+    @property
+    def adversaries(self) -> list[str]:
+        """Names of the others."""
+        return self.material.adversaries
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Training samples by participant."""
+        return self.material.examples
+
+    @property
+    def initial(self) -> Vector:
+        """What everyone starts from, ``(D,)``."""
+        return self.material.initial
+
+    @property
+    def training(self) -> Training:
+        """What participants do between two messages."""
+        return self.material.learner
 
     @property
     def reputation(self) -> ReputationStrategy | None:
@@ -108,22 +126,24 @@ class Simulation:
         return dict.fromkeys(names, self.arrays["weights"].numpy())
 
     def accuracies(self) -> dict[str, dict[str, float]]:
-        """Of everyone's model on the test data."""
+        """Of everyone's model on the test data, with what else is measured."""
+        round_, found = self._measured
+        if round_ == self.done:
+            return found
         vectors = self.vectors()
         distinct = {vector.tobytes(): name for name, vector in vectors.items()}
         chosen = {name: vectors[name] for name in distinct.values()}
-        found = accuracies(
-            self.task.model, chosen, self.test, self.flip, device_of(self.config.device)
-        )
-        return {name: found[distinct[vector.tobytes()]] for name, vector in vectors.items()}
+        rows = self.material.measure(chosen)
+        found = {name: rows[distinct[vector.tobytes()]] for name, vector in vectors.items()}
+        self._measured = self.done, found
+        return found
 
     def alone(self) -> dict[str, float]:
         """Test accuracy of each honest participant that trains as long on its own samples only."""
         vectors: Mapping[str, Vector] = dict.fromkeys(self.honest, self.initial)
         for number in range(1, self.config.rounds + 1):
             vectors = self.training.train(vectors, number)
-        device = device_of(self.config.device)
-        found = accuracies(self.task.model, vectors, self.test, device=device)
+        found = self.material.measure(vectors)
         return {name: row["accuracy"] for name, row in found.items()}
 
     def save(self, folder: Path) -> None:
@@ -222,14 +242,35 @@ def simulate(
     flips = attack is not None and attack.flips
     data = {name: examples_of(chosen) for name, chosen in honest.items()}
     data |= {name: examples_of(chosen, flips) for name, chosen in evil.items()}
-    examples = {name: len(labels) for name, (_, labels) in data.items()}
     task = Classifier(model_for(samples, config.hidden, config.seed))
-    initial = weights_of(task)
+    test = torch.from_numpy(samples.test), torch.from_numpy(samples.test_labels)
     local = LocalConfig(config.epochs, config.batch_size, config.rate(), config.decay, config.seed)
     trained = data | ({ROOT: examples_of(root_rows)} if config.root_samples else {})
     if training is None:
         training = LoopTraining if config.training == "loop" else on(config.device)
-    learner = training(task, trained, local)
+    material = Material(
+        task=task,
+        initial=weights_of(task),
+        layers=layer_sizes(task),
+        learner=training(task, trained, local),
+        examples={name: len(labels) for name, (_, labels) in data.items()},
+        honest=list(honest),
+        adversaries=list(evil),
+        measure=lambda vectors: accuracies(
+            task.model, vectors, test, flip, device_of(config.device)
+        ),
+        tested=len(test[1]),
+        flip=flip,
+        confusion=lambda vector: confusion(task.model, vector, test, samples.classes),
+    )
+    return assemble(config, material, folder, as_bytes)
+
+
+def assemble(
+    config: FederateConfig, material: Material, folder: Path | None = None, as_bytes: bool = True
+) -> Simulation:
+    """Participants, grid and strategy around what is trained; see ``simulate``."""
+    learner, initial, attack = material.learner, material.initial, ATTACKS.get(config.attack)
 
     def root(weights: Vector, number: int) -> Vector:
         return learner.train({ROOT: weights}, number)[ROOT] - weights
@@ -237,33 +278,25 @@ def simulate(
     cohort = Cohort(
         learner,
         len(initial),
-        examples,
-        dict.fromkeys(evil, attack) if attack else {},
+        material.examples,
+        dict.fromkeys(material.adversaries, attack) if attack else {},
         seed=config.seed,
     )
-    grid = InProcessGrid(examples, cohort.answer, as_bytes)
     strategy = make_strategy(
         config,
         initial,
-        examples,
-        layers=layer_sizes(task),
+        material.examples,
+        layers=material.layers,
         root=root if config.root_samples else None,
         folder=folder,
     )
     return Simulation(
         config=config,
-        task=task,
-        initial=initial,
-        training=learner,
-        test=(torch.from_numpy(samples.test), torch.from_numpy(samples.test_labels)),
-        examples=examples,
-        honest=list(honest),
-        adversaries=list(evil),
+        material=material,
         cohort=cohort,
-        grid=grid,
+        grid=InProcessGrid(material.examples, cohort.answer, as_bytes),
         strategy=strategy,
         arrays=ArrayRecord({"weights": wire.array(initial)}),
-        flip=flip,
     )
 
 
