@@ -33,22 +33,20 @@ SIZES: dict[str, dict] = {
     "published": {"orientations": 16, "hidden": 128, "basis": 256, "layers": 5},
     "medium": {"orientations": 20, "hidden": 64, "basis": 64, "layers": 5},
     "small": {"orientations": 8, "hidden": 32, "basis": 32, "layers": 3},
-    "full": {
-        "orientations": 12, "hidden": 48, "basis": 48, "layers": 5,
-        "convolution": "full", "invariants": "complete",
-    },
-}  # fmt: skip
+}
 CHANGES: dict[str, dict] = {
     "dodecahedron": {"orientations": 20},
     "wide": {"hidden": 192},
+    "full": {"orientations": 6, "convolution": "full", "invariants": "complete"},
     "unaveraged": {},
     "momentum": {},
     "signs": {},
     "scales": {},
     "decay": {},
 }
-"""Sizes; plain weights; momentum conserved exactly; charges flipped at random, and over both signs
-at test time; other units of length at random; weight decay."""
+"""Sizes; a full convolution with complete invariants; plain weights; momentum conserved exactly;
+charges flipped at random, and over both signs at test time; other units of length at random; weight
+decay."""
 ROTATIONS = 5
 """Test-time rotations that are averaged over."""
 SPREAD = 0.15

@@ -147,6 +147,7 @@ def drift(energies: np.ndarray, picoseconds: float) -> dict:
         slopes, offsets = np.polyfit(t[part], e, 1)
         over = spread(slopes.tolist())
         about = e - (t[part, None] * slopes + offsets)
+        found[f"drifts_{fs}"], found[f"fluctuations_{fs}"] = slopes.tolist(), about.std(0).tolist()
         found |= {
             f"drift_{fs}_mev_atom_ps": over["mean"], f"half_width_{fs}": over["half_width"],
             f"fluctuation_{fs}_mev_atom": float(about.std()),
