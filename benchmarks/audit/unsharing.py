@@ -7,6 +7,8 @@ weights have been trained before.
 
     audit (adam)        most predicted gain within the budget, in Adam's metric
     audit (plain)       the same in the plain metric
+    trial               most credit within the budget after a trial of 50 steps that trains all uses
+                        apart (weightshare.audit.apart)
     lowest cosine       low-rank deltas where uses agree least
     random              tensors, kinds and groups at random
     first / last        low-rank deltas from the first (last) tensors on, of a rank with which all
@@ -43,7 +45,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _table import Table, spread
 
-from weightshare.audit import ProbeConfig, Suggestion, Unsharing, apply, audit, probe, spend
+from weightshare.audit import Apart, ProbeConfig, Suggestion, Unsharing, apply, audit, probe, spend
 from weightshare.audit.honesty import _Cycle, _MeanLoss, rank_correlation
 from weightshare.audit.language import language_loss, text_batches
 from weightshare.audit.suggest import found_groups, predict
@@ -66,13 +68,13 @@ CASES = [
 ]
 MOMENTS = ("folded", "cured")
 SEEDS = (0, 1, 2)
-STEPS = {"cure": 400, "spend": 150, "probe": 30}
-QUICK = {"cure": 10, "spend": 5, "probe": 3}
-RATE = 2e-3
-"""Learning rate: for ``tiny`` without unsharing the best of 1e-3, 2e-3 and 4e-3. At a lower one
-most of what a delta gains is that it moves faster than the weight it is added to."""
-RANKS = (2, 8)
-METRICS = ("adam", "plain")
+STEPS = {"cure": 400, "spend": 150, "probe": 30, "trial": 50}
+QUICK = {"cure": 10, "spend": 5, "probe": 3, "trial": 3}
+RATES = {"tiny": 2e-3, "stories260K": 2e-3, "babyllama105": 1e-3}
+"""Learning rates: the best of 1e-3, 2e-3 and 4e-3 without unsharing. At a lower one most of what a
+delta gains is that it moves faster than the weight it is added to."""
+RANKS = (2, 8, 32)
+KINDS = [("unshare", 0), *(("low_rank", rank) for rank in RANKS)]
 LENGTH = 128
 
 
@@ -91,7 +93,7 @@ def main() -> None:
     steps = QUICK if table.quick else STEPS
     table.facts["settings"] = {
         "steps": steps,
-        "learning_rate": RATE,
+        "learning_rate": RATES,
         "budget": options.budget,
         "ranks": RANKS,
     }
@@ -189,7 +191,7 @@ class Setting:
         source = self.loaded[0]
         model = fold(source, FoldPlan(source.config.num_hidden_layers, groups=self.groups))
         if self.moment == "cured":
-            fit(model, self.parts[0], self.steps["cure"], self.seed, self.options.capture)
+            self.fit(model, self.parts[0], "cure")
         return model
 
     @cached_property
@@ -211,19 +213,44 @@ class Setting:
             Unsharing(kind, f.layer, groups, rank)
             for f in self.found.findings
             if (groups := found_groups(f)) is not None
-            for kind, rank in [("scale", 0), ("unshare", 0), *(("low_rank", r) for r in RANKS)]
+            for kind, rank in KINDS
         ]
         return offers[:8] if self.options.quick else offers
 
     @cached_property
-    def predicted(self):
-        """Suggestions by metric."""
-        return {
-            metric: predict(
-                self.model, self.audited, language_loss, self.offers, metric=metric, bends=1
-            )
-            for metric in METRICS
-        }
+    def adam(self):
+        return self.predicted("adam")
+
+    @cached_property
+    def plain(self):
+        return self.predicted("plain")
+
+    def predicted(self, metric):
+        return predict(self.model, self.audited, language_loss, self.offers, metric=metric, bends=1)
+
+    @cached_property
+    def tried(self):
+        """Suggestions by what a trial credits them with."""
+        train = self.parts[1]
+        layers = [f.layer for f in self.found.findings]
+        apart = Apart(
+            self.model,
+            train[len(self.audited) :][: self.steps["trial"]] or train,
+            self.audited,
+            language_loss,
+            layers,
+            learning_rate=RATES[self.name],
+            seed=self.seed,
+        )
+        groups = apart.groups(layers)
+        return apart.predict(
+            [
+                Unsharing(kind, layer, groups[layer], rank)
+                for layer in layers
+                if groups[layer] is not None
+                for kind, rank in KINDS
+            ]
+        )
 
     @cached_property
     def budget(self):
@@ -246,6 +273,18 @@ class Setting:
             "budget": self.budget,
         }
 
+    def fit(self, model, batches, purpose):
+        config = LoopConfig(
+            steps=self.steps[purpose],
+            learning_rate=RATES[self.name],
+            weight_decay=0.0,
+            seed=self.seed,
+        )
+        update = GradientUpdate.from_config(_MeanLoss(model, language_loss), config)
+        update = Captured(update) if self.options.capture else update
+        Loop(update, _Cycle(batches), config, progress=False).fit()
+        model.eval()
+
     def spent(self, way):
         """Held-out loss after the budget was spent in one way and all weights were trained."""
         chosen = WAYS[way](self)
@@ -253,7 +292,7 @@ class Setting:
         for unsharing in chosen:
             apply(student, unsharing, seed=self.seed)
         added = size(student).unique - size(self.model).unique
-        fit(student, self.parts[1], self.steps["spend"], self.seed, self.options.capture)
+        self.fit(student, self.parts[1], "spend")
         plain = [s.unsharing if isinstance(s, Suggestion) else s for s in chosen]
         return self.facts | {
             "way": way,
@@ -265,33 +304,24 @@ class Setting:
     def clause(self):
         """Single unsharings, suggested and random: predicted and realised gain."""
         config = ProbeConfig(
-            suggested=2 if self.options.quick else 6,
-            random=2 if self.options.quick else 10,
+            suggested=2 if self.options.quick else 4,
+            random=2 if self.options.quick else 6,
             steps=self.steps["probe"],
-            learning_rate=RATE,
+            learning_rate=RATES[self.name],
             seed=self.seed,
         )
-        best = sorted(self.predicted["adam"], key=lambda s: -s.gain_per_parameter)
-        best = [s for s in best if s.unsharing.rank in (0, RANKS[-1])]
+        best = sorted(self.adam, key=lambda s: -s.gain_per_parameter)
+        best = [s for s in best if s.unsharing.rank in (0, 8)]
         found = replace(self.found, suggestions=best)
         tried = probe(self.model, self.audited, self.heldout, language_loss, found, config).trials
-        flat = predict(
-            self.model,
-            self.audited,
-            language_loss,
-            [t.suggestion.unsharing for t in tried],
-            metric="plain",
-            bends=1,
-        )
         trials = [
             t.row()
             | {
                 "adam": t.suggestion.predicted,
                 "adam, near": near(t.suggestion).predicted,
-                "plain": s.predicted,
                 "gain": t.realised,
             }
-            for t, s in zip(tried, flat, strict=True)
+            for t in tried
         ]
         return self.facts | {
             "trials": trials,
@@ -354,9 +384,8 @@ class Setting:
     def cost(self, unsharings):
         return sum(unsharing.added(self.model) for unsharing in unsharings)
 
-    def best(self, metric, believe=lambda suggestion: suggestion):
-        offers = [believe(s) for s in self.predicted[metric] if in_block(s.unsharing)]
-        return spend(offers, self.budget)
+    def buy(self, suggestions):
+        return spend([s for s in suggestions if in_block(s.unsharing)], self.budget)
 
 
 def in_block(unsharing):
@@ -375,19 +404,11 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "first": lambda s: s.large(s.by_depth),
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
-    "audit (adam)": lambda s: s.best("adam"),
-    "audit (plain)": lambda s: s.best("plain"),
-    "audit (adam, near)": lambda s: s.best("adam", near),
-    "audit (plain, near)": lambda s: s.best("plain", near),
+    "audit (adam)": lambda s: s.buy(s.adam),
+    "audit (adam, near)": lambda s: s.buy(map(near, s.adam)),
+    "audit (plain)": lambda s: s.buy(s.plain),
+    "trial": lambda s: s.buy(s.tried),
 }
-
-
-def fit(model, batches, steps, seed, capture=False):
-    config = LoopConfig(steps=steps, learning_rate=RATE, weight_decay=0.0, seed=seed)
-    update = GradientUpdate.from_config(_MeanLoss(model, language_loss), config)
-    update = Captured(update) if capture else update
-    Loop(update, _Cycle(batches), config, progress=False).fit()
-    model.eval()
 
 
 @torch.no_grad()
@@ -452,7 +473,7 @@ def clause(rows):
     """
     table = []
     for case, mine in by_case([row for row in rows.values() if "trials" in row]).items():
-        for predictor in ("adam", "adam, near", "plain", "added"):
+        for predictor in ("adam", "adam, near", "added"):
             pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
             table.append(

@@ -10,6 +10,7 @@ from small_models import make
 
 from weightshare.folding import FoldPlan, fold
 
+sys.path.insert(0, str(Path(__file__).parent))  # for quadratics.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "sharing"))  # for models.py
 
 PLAN = FoldPlan(6, removed=(2,), groups=((1, 3, 4),))

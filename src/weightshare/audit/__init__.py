@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "unsharing": ["Unsharing"],
         "suggest": ["Suggestion", "predict"],
         "lookalikes": ["Similar", "similar"],
+        "apart": ["Apart", "suggest_apart"],
         "budget": ["spend"],
         "unshare": ["apply", "merge"],
         "honesty": ["Probe", "ProbeConfig", "Trial", "probe"],

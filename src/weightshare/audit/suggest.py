@@ -131,10 +131,10 @@ def suggest(
     predicted = predict(
         model, batches, loss, wanted, beyond, metric, reduce=reduce, progress=progress
     )
-    return sorted([*predicted, *left], key=_rank)
+    return sorted([*predicted, *left], key=by_rank)
 
 
-def _rank(suggestion: Suggestion) -> tuple[int, float]:
+def by_rank(suggestion: Suggestion) -> tuple[int, float]:
     gain = suggestion.gain_per_parameter
     useful = suggestion.beyond_chance and gain > 0
     kept = suggestion.unsharing.kind == "nothing"
