@@ -5,6 +5,7 @@ these networks are many small kernels, which leave most of a GPU idle.
 """
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -92,13 +93,14 @@ def fill(
     seconds = options.seconds or (1e6 if options.epochs else options.usual_seconds)
     wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
     wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
+    end, table.end = table.end, math.inf  # what has been trained is tested, however late it is
     for group in [wanted] if options.together and wanted else [[pair] for pair in wanted]:
-        rows = [build(*pair) for pair in group]
+        stop = end - 5 - 3 * len(group)
+        rows = [build(*pair) for pair in group] if time.monotonic() < stop else []
         folder = table.file.with_name("{},{},{}".format(table.file.stem, *group[0]))
-        stop = table.end - 5 - 3 * len(group)
-        took = fit(rows, folder, options.epochs, seconds, stop)
+        took = fit(rows, folder, options.epochs, seconds, stop) if rows else None
         if took is None:
-            print(f"{len(group)} not finished in time; the same command goes on")
+            print("not finished in time; the same command goes on")
             return
         for pair, row, about in zip(group, rows, took, strict=True):
             figures = partial(test, *pair, row)
