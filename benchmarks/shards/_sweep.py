@@ -203,11 +203,11 @@ def causal_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention without a mask: while a CUDA graph is recorded transformers would write the
-    mask out, which rules the fast kernels out."""
-    grouped = key.shape[1] != query.shape[1]
-    out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-    )
+    mask out, which rules the fast kernels out. Shared heads are repeated, which takes half the time
+    of ``enable_gqa``."""
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig
-from peft.helpers import disable_input_dtype_casting
 from peft.tuners import UniLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -170,6 +170,10 @@ class Bench:
         if self.options.users:
             _users.activate(model)
         trained = model.get_nb_trainable_parameters()[0]
+        for layer in model.modules():
+            # Autocast rounds a layer's input to bfloat16 anyway; PEFT would first widen it.
+            if isinstance(layer, BaseTunerLayer):
+                layer.cast_input_dtype_enabled = self.precision != "bf16"
         rows = None
         if self.options.users:
             share = self.options.batch // len(self.names)
@@ -178,11 +182,9 @@ class Bench:
         found: dict[str, Any] = {}
         took = 0.0
         try:
-            # Autocast rounds a layer's input to bfloat16 anyway; PEFT would first widen it.
-            with disable_input_dtype_casting(model, self.precision == "bf16"):
-                took = train_adapter(
-                    task, Batches(self, seed), self.options, self.place, rate, seed, warmup=0.05
-                )
+            took = train_adapter(
+                task, Batches(self, seed), self.options, self.place, rate, seed, warmup=0.05
+            )
             for part in ("watched", "judged"):
                 by_user = self.losses(model, part)
                 found[part] = sum(by_user.values()) / len(by_user)
