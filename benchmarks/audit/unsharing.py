@@ -229,25 +229,28 @@ class Setting:
         return predict(self.model, self.audited, language_loss, self.offers, metric=metric, bends=1)
 
     @cached_property
-    def tried(self):
-        """Suggestions by what a trial credits them with."""
+    def apart(self):
+        """A trial on batches that will be trained on, but not those that are audited."""
         train = self.parts[1]
-        layers = [f.layer for f in self.found.findings]
-        apart = Apart(
+        return Apart(
             self.model,
             train[len(self.audited) :][: self.steps["trial"]] or train,
             self.audited,
             language_loss,
-            layers,
+            [f.layer for f in self.found.findings],
             learning_rate=RATES[self.name],
             seed=self.seed,
         )
-        groups = apart.groups(layers)
-        return apart.predict(
+
+    @cached_property
+    def tried(self):
+        """Suggestions by what the trial credits them with."""
+        groups = self.apart.groups([f.layer for f in self.found.findings])
+        return self.apart.predict(
             [
-                Unsharing(kind, layer, groups[layer], rank)
-                for layer in layers
-                if groups[layer] is not None
+                Unsharing(kind, layer, mine, rank)
+                for layer, mine in groups.items()
+                if mine is not None
                 for kind, rank in KINDS
             ]
         )
@@ -319,9 +322,12 @@ class Setting:
             | {
                 "adam": t.suggestion.predicted,
                 "adam, near": near(t.suggestion).predicted,
+                "trial": -credited.slope,
                 "gain": t.realised,
             }
-            for t in tried
+            for t, credited in zip(
+                tried, self.apart.predict([t.suggestion.unsharing for t in tried]), strict=True
+            )
         ]
         return self.facts | {
             "trials": trials,
@@ -473,7 +479,7 @@ def clause(rows):
     """
     table = []
     for case, mine in by_case([row for row in rows.values() if "trials" in row]).items():
-        for predictor in ("adam", "adam, near", "added"):
+        for predictor in ("adam", "adam, near", "trial", "added"):
             pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
             table.append(

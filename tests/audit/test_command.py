@@ -82,6 +82,24 @@ def test_a_folded_model_is_audited_probed_and_reported(folded, text, tmp_path, c
     assert "model.layers" in (out / "report.html").read_text()
 
 
+def test_suggestions_can_come_from_a_trial(folded, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--data", text, "--batches", 4, "--batch-size", 2, "--sequence-length", 16]
+    options += ["--probe", 1, "--probe-steps", 1, "--out", out]
+    status = audit(folded, *options, "--trial", 5)
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    found = json.loads((out / "summary.json").read_text())
+    kinds = {row["do"].split(":")[0] for row in found["suggestions"]}
+    assert {"private scales", "weights of their own", "low-rank deltas (rank 4)"} <= kinds
+    assert {"suggested", "random"} == found["probe"]["gain"].keys()
+    assert audit(folded, *options, "--trial", 5000, "--overwrite") == 2
+    assert "--trial 5000" in capsys.readouterr().err
+    options[3] = 3
+    assert audit(folded, *options, "--trial", 5, "--overwrite") == 2
+    assert "at least 4" in capsys.readouterr().err
+
+
 def test_nothing_shared_ends_well_and_says_what_could_be(plain, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert audit(plain, "--data", text, "--batches", 2, "--batch-size", 2, "--out", out) == 0

@@ -21,12 +21,15 @@ class AuditConfig:
         sequence_length: tokens per sequence, 0 for the model's own limit, at most 256.
         groups: into how many groups the users of a layer may be split.
         rank: of suggested low-rank deltas.
-        metric: predict gains for training with Adam, or for plain gradient descent.
+        trial: predict gains by a trial of so many steps that trains every use of the shared weights
+            apart, then credits each part of what that saved, 50 are enough; 0 predicts them from
+            the gradients of the model as it is.
+        metric: without a trial, predict for training with Adam, or for plain gradient descent.
         budget: also name the best way to spend so many additional parameters; 0 leaves it out.
         probe: carry out so many suggested and as many random unsharings, and compare predicted with
             realised gain; 0 leaves it out.
-        probe_steps: training steps of each trial.
-        probe_learning_rate: of AdamW in each trial.
+        probe_steps: training steps of each unsharing in the probe.
+        probe_learning_rate: of AdamW in the probe and in the trial; best that of later training.
         sketch: numbers kept of each gradient; 0 keeps whole gradients.
         out: the run directory.
         resume: go on with a run that was interrupted; trials of the probe are not repeated.
@@ -45,6 +48,7 @@ class AuditConfig:
     sequence_length: int = 0
     groups: int = 2
     rank: int = 4
+    trial: int = 0
     metric: Literal["adam", "plain"] = "adam"
     budget: int = 0
     probe: int = 0

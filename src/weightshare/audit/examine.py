@@ -1,13 +1,14 @@
 """Who shares which weight, and do they agree? One backward pass per batch answers both."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
+from weightshare.audit.apart import Apart, suggest_apart
 from weightshare.audit.findings import Finding, finding, opposed_first
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
@@ -32,7 +33,8 @@ from weightshare.sharing.preserve import preserved
 class Audit:
     """The findings, most opposed layer first, and what to do about them, best first.
 
-    ``similar`` is filled where nothing is shared: parameters that could be.
+    ``similar`` is filled where nothing is shared: parameters that could be. ``apart`` is the trial
+    that the suggestions come from, where there was one.
     """
 
     findings: list[Finding]
@@ -40,6 +42,7 @@ class Audit:
     size: Size
     batches: int
     similar: list[Similar] = field(default_factory=list)
+    apart: Apart | None = field(default=None, repr=False)
 
     @property
     def saved(self) -> int:
@@ -75,6 +78,8 @@ def audit(
     metric: Metric = "adam",
     patience: int | None = None,
     suggestions: bool = True,
+    trial: Sequence[Any] = (),
+    learning_rate: float = 1e-3,
     draws: int = 200,
     seed: int = 0,
     progress: Progress = silent,
@@ -99,6 +104,10 @@ def audit(
             (from the fourth batch on); None uses all batches.
         suggestions: whether to work out what unsharing would gain: one more pass over the batches,
             and eight forward and backward passes for each of the layers' three unsharings.
+        trial: batches, not among ``batches``, of a trial that trains every use apart, one step
+            each; suggestions then come from it (:class:`~weightshare.audit.Apart`) and ``metric``
+            is not used. Costs the memory of training the model with nothing shared.
+        learning_rate: of the trial.
         draws: permutations of the null that says whether users disagree beyond chance.
         progress: told what is being done.
 
@@ -107,7 +116,8 @@ def audit(
     one process would on the whole batches.
 
     Raises:
-        UserError: fewer than two batches, a batch that does not fit, a loss that is not finite.
+        UserError: fewer than two batches (four with a trial), a batch that does not fit, a loss
+            that is not finite, a trial on several ranks.
     """
     batches = list(batches)
     if len(batches) < 2:
@@ -122,6 +132,8 @@ def audit(
             "call requires_grad_() on those to audit."
         )
     reduce = all_reduce if inner is not model and dist.is_initialized() else alone
+    if trial and reduce is all_reduce:
+        raise UserError("a trial runs in one process; leave it out, or audit on one rank.")
     with preserved(model):
         layers = first_look(model, inner, batches[0], loss, per)
         if not layers:
@@ -145,11 +157,16 @@ def audit(
             for layer, gram in grams.items()
         ]
         findings = opposed_first(findings)
-        advice = []
-        if suggestions:
-            options: Any = {"rank": rank, "metric": metric, "reduce": reduce, "progress": progress}
+        advice, apart = [], None
+        if suggestions and trial:
+            progress(f"training every use apart for {len(trial)} steps")
+            options: Any = {"learning_rate": learning_rate, "seed": seed}
+            apart = Apart(inner, trial, batches[:used], loss, layers, **options)
+            advice = suggest_apart(apart, findings, groups=groups, rank=rank, progress=progress)
+        elif suggestions:
+            options = {"rank": rank, "metric": metric, "reduce": reduce, "progress": progress}
             advice = suggest(inner, batches[:used], loss, findings, **options)
-    return Audit(findings, advice, size(inner), used)
+    return Audit(findings, advice, size(inner), used, apart=apart)
 
 
 def first_look(model: nn.Module, inner: nn.Module, batch: Any, loss: Loss, per: Per) -> list[Layer]:

@@ -36,7 +36,7 @@ class ProbeConfig:
         random: how many random unsharings beside them.
         steps: optimizer steps of each trial.
         learning_rate: of AdamW; the same for the trials with and without unsharing.
-        metric: of the predictions for the random ones; that of the audit.
+        metric: of the predictions for the random ones; that of the audit (a trial has none).
         seed: of the random unsharings and of training.
     """
 
@@ -139,7 +139,10 @@ def probe(
         taken=[s.unsharing for s in suggested],
     )
     with preserved(model):
-        others = predict(model, batches, loss, drawn, metric=config.metric)
+        if audited.apart is not None:
+            others = audited.apart.predict(drawn)
+        else:
+            others = predict(model, batches, loss, drawn, metric=config.metric)
         bases: dict[Layer, float] = {}
         trials = []
         for origin, chosen in (("suggested", suggested), ("random", others)):

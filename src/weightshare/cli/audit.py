@@ -16,6 +16,7 @@ EXTRA = "folding"
 EXAMPLES = """
   weightshare audit runs/fold/model
   weightshare audit runs/fold/model --data notes.txt --per tensor --budget 100000
+  weightshare audit runs/fold/model --trial 50 --budget 100000
   weightshare audit tiny --probe 4 --out runs/audit
 """
 
@@ -34,7 +35,7 @@ def run(config: "AuditConfig") -> None:
 
     check(config)
     source = open_model(config.model, config.dtype, config.device)
-    audited, heldout = read_batches(config, source)
+    audited, trial, heldout = read_batches(config, source)
     with Run.open(
         config.out, config, command="audit", resume=config.resume, overwrite=config.overwrite
     ) as run:
@@ -51,6 +52,8 @@ def run(config: "AuditConfig") -> None:
                 groups=config.groups,
                 rank=config.rank,
                 metric=config.metric,
+                trial=trial,
+                learning_rate=config.probe_learning_rate,
                 patience=config.patience or None,
                 seed=config.seed,
                 progress=tell,
@@ -79,7 +82,8 @@ def run(config: "AuditConfig") -> None:
         # 2. Advise.
         rows = [suggestion.row() for suggestion in found.suggestions]
         show_table("what to unshare, best first", rows[:LISTED])
-        run.rows("suggestions", rows, "Gain in loss along one step, per added parameter.")
+        about = f"after a trial of {config.trial} steps" if config.trial else "along one step"
+        run.rows("suggestions", rows, f"Gain in loss {about}, per added parameter.")
         useful = [s for s in found.suggestions if s.beyond_chance and s.predicted > 0]
         chosen = useful[:1]
         if config.budget:
@@ -119,7 +123,8 @@ def run(config: "AuditConfig") -> None:
 def check(config: "AuditConfig") -> None:
     """Refuse numbers that make no sense."""
     least = {
-        "batches": 2,
+        "batches": 4 if config.trial else 2,
+        "trial": 0,
         "batch_size": 1,
         "groups": 2,
         "rank": 1,
@@ -140,8 +145,10 @@ def check(config: "AuditConfig") -> None:
         raise UserError(f"--probe-learning-rate is {config.probe_learning_rate}; give one above 0.")
 
 
-def read_batches(config: "AuditConfig", source: "LanguageModel") -> tuple[list[Any], list[Any]]:
-    """Batches to audit and train on, and held-out ones for the probe."""
+def read_batches(
+    config: "AuditConfig", source: "LanguageModel"
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Batches to audit, those of a trial, and held-out ones for the probe."""
     from weightshare.audit.language import text_batches
     from weightshare.language import read_documents, windows
 
@@ -154,20 +161,24 @@ def read_batches(config: "AuditConfig", source: "LanguageModel") -> tuple[list[A
             f"--sequence-length is {length}, but the model was made for {longest} tokens at most."
         )
     device = source.model.device
-    audited = text_batches(
-        windows(source.tokenizer, documents[:cut], length),
-        config.batches,
-        config.batch_size,
-        device,
+    wanted = config.batches + config.trial
+    batches = text_batches(
+        windows(source.tokenizer, documents[:cut], length), wanted, config.batch_size, device
     )
+    if config.trial and len(batches) < wanted:
+        raise UserError(
+            f"the text gives {len(batches)} batches, but --batches {config.batches} and --trial "
+            f"{config.trial} take {wanted}; give more text, shorter sequences or smaller batches."
+        )
+    audited, trial = batches[: config.batches], batches[config.batches :]
     if not config.probe:
-        return audited, []
+        return audited, trial, []
     if cut == len(documents):
         raise UserError(
             "--probe needs held-out text, but the data is a single document; give more than one."
         )
     rest = windows(source.tokenizer, documents[cut:], length)
-    return audited, text_batches(rest, config.batches, config.batch_size, device)
+    return audited, trial, text_batches(rest, config.batches, config.batch_size, device)
 
 
 def summary_of(found: "Audit") -> dict[str, Any]:
