@@ -25,7 +25,7 @@ from _table import Table
 
 from weightshare.data import locate
 from weightshare.equivariant import DynamicsTask, NBody, Ponita, make_nbody, symmetrise
-from weightshare.equivariant.dynamics import VECTORS, columns, sample_errors
+from weightshare.equivariant.dynamics import VECTORS, Rescaled, columns, sample_errors
 from weightshare.equivariant.nbody import constant_velocity
 from weightshare.training import EpochBatches
 
@@ -49,22 +49,6 @@ charges flipped at random, and over both signs at test time; other units of leng
 decay."""
 ROTATIONS = 5
 """Test-time rotations that are averaged over."""
-SPREAD = 0.15
-"""Standard deviation of the logarithm of the unit of length."""
-
-
-class Rescaled:
-    r"""Trajectories in other units of length: with :math:`x \to \lambda x` in the same time,
-    :math:`q \to \lambda^{3/2} q` obeys the same law of motion."""
-
-    def __init__(self, batches: EpochBatches) -> None:
-        self.batches, self.size, self.batch_size = batches, batches.size, batches.batch_size
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        batch = self.batches[step]
-        unit = (SPREAD * torch.randn(len(batch["charges"]), 1, 1)).exp()
-        moved = {name: batch[name] * unit for name in VECTORS}
-        return {**moved, "charges": batch["charges"] * unit[..., 0] ** 1.5}
 
 
 class Even(torch.nn.Module):

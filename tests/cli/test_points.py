@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(nbody_run, tmp_path, monke
 
 def test_momentum_and_charges_are_symmetries_that_can_be_asked_for(nbody_run, tmp_path):
     plain, arguments = nbody_run
-    arguments = [*arguments[:-1], str(tmp_path / "run"), "--momentum", "--signs"]
+    arguments = [*arguments[:-1], str(tmp_path / "run"), "--momentum", "--signs", "--scales"]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WEIGHTSHARE_DATA", raising=False)
         assert main(arguments) == 0
@@ -211,6 +211,7 @@ def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
         (["FILE", "--signs"], "--signs is for nbody"),
         (["FILE", "--force-weight", "-1"], "--force-weight is -1"),
         (["nbody", "--signs", "--no-augment"], "--signs is an augmentation"),
+        (["qm9", "--scales"], "--scales is for nbody"),
         (["FILE", "--unit", "kJ"], "unit 'kJ'"),
         (["FILE", "--train-size", "40"], "too few"),
         (["FILE", "--test", "/nowhere.npz"], "No data set"),

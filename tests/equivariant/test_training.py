@@ -15,7 +15,8 @@ from weightshare.equivariant import (
     random_rotations,
 )
 from weightshare.equivariant.augment import turned
-from weightshare.equivariant.dynamics import VECTORS, columns, sample_errors
+from weightshare.equivariant.dynamics import VECTORS, Rescaled, columns, sample_errors
+from weightshare.equivariant.nbody import initial_states, simulate
 from weightshare.equivariant.structures import Structure, collate
 from weightshare.errors import UserError
 from weightshare.training import Captured, EpochBatches, Loop, LoopConfig
@@ -192,3 +193,19 @@ def test_conserved_momentum_and_flipped_charges_are_exact():
     factor = update.prepare(data, 0)["charges"] / data["charges"]
     assert set(factor.unique().tolist()) == {-1.0, 1.0}
     assert (factor == factor[:, :1]).all()
+
+
+def test_trajectories_in_other_units_of_length_obey_the_same_law():
+    data = make_nbody(50, frames=(0, 1))
+    batches = Rescaled(EpochBatches(columns(data), 50, seed=3))
+    batch = batches[7]
+    assert all(torch.equal(batches[7][name], value) for name, value in batch.items())
+    unit = batch["charges"].abs()[:, 0].double() ** (2 / 3)
+    assert 0.1 < unit.log().std() < 0.2
+    placed = batch["start"].double() / unit[:, None, None]
+    row = int((torch.from_numpy(data.start)[:, 0] - placed[0, 0]).norm(dim=-1).argmin())
+    charges, places, speeds = initial_states(1, skip=row)
+    grow = float(unit[0])
+    moved = simulate(charges * grow**1.5, places * grow, speeds * grow, frames=(0, 1))
+    for name, found in (("start", moved[0][0]), ("velocity", moved[0][1]), ("target", moved[1][0])):
+        assert close(batch[name][0].double(), torch.from_numpy(found[0]), 1e-5)

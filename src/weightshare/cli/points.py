@@ -49,10 +49,11 @@ def check(config: "PointsConfig") -> None:
             raise UserError(f"--{dashed(name)} is {getattr(config, name)}; give 0 or more.")
     files = "files of structures"
     kind = config.data if config.data in ("nbody", "qm9") else files
-    only = {"momentum": "nbody", "signs": "nbody"}
+    only = dict.fromkeys(("momentum", "signs", "scales"), "nbody")
     only |= dict.fromkeys(("test", "cutoff", "stress_weight"), files)
     for name, data in only.items():
         if getattr(config, name) and data != kind:
             raise UserError(f"--{dashed(name)} is for {data}, not for {kind}; leave it out.")
-    if config.signs and not config.augment:
-        raise UserError("--signs is an augmentation; leave out --no-augment.")
+    for name in ("signs", "scales"):
+        if getattr(config, name) and not config.augment:
+            raise UserError(f"--{name} is an augmentation; leave out --no-augment.")

@@ -51,7 +51,7 @@ def nbody(config: "PointsConfig") -> None:
         seconds = train(
             config, run, task, columns(sets["train"]), VECTORS, watch="mse",
             evaluate=lambda: {"mse": float(sample_errors(task, sets["valid"]).mean())},
-            signs=("charges",) if config.signs else (),
+            signs=("charges",) if config.signs else (), rescaled=config.scales,
         )  # fmt: skip
 
         # 3. Test, turn, compare.

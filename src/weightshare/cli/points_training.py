@@ -34,6 +34,7 @@ def train(
     evaluate: Any,
     capture: bool = True,
     signs: tuple[str, ...] = (),
+    rescaled: bool = False,
     **options: Any,
 ) -> float:
     """Train with warm-up, cosine, clipping, averaged weights; seconds of training."""
@@ -41,6 +42,7 @@ def train(
 
     from weightshare.equivariant import RotatedUpdate
     from weightshare.equivariant.config import WARMUP_EPOCHS
+    from weightshare.equivariant.dynamics import Rescaled
     from weightshare.equivariant.frames import FrameBatches, Frames
     from weightshare.training import (
         Captured,
@@ -60,6 +62,8 @@ def train(
     batches: Any = EpochBatches(torch.arange(count) if frames else data, size, config.seed)
     if frames:
         batches = FrameBatches(data, batches)
+    if rescaled:
+        batches = Rescaled(batches)
     steps = max(config.size("epochs") * count // size, 1)
     warmup = min(WARMUP_EPOCHS[config.preset] / config.size("epochs"), 0.1)
     loop_config = LoopConfig(

@@ -62,6 +62,8 @@ class PointsConfig:
         augment: rotate every training example at random.
         momentum: nbody: conserve momentum exactly (the published network learns it).
         signs: nbody: flip all charges of half of the training examples; only products act.
+        scales: nbody: change the unit of length of every training example at random; for networks
+            that learn the training set by heart.
         target: qm9: the property to learn: mu, alpha, homo, lumo, gap, r2, zpve, u0, u, h, g or
             cv.
         train_size: examples to train on; 0 for 3000 trajectories, 110000 molecules of QM9, or all
@@ -99,6 +101,7 @@ class PointsConfig:
     augment: bool = True
     momentum: bool = False
     signs: bool = False
+    scales: bool = False
     target: str = "u0"
     train_size: int = 0
     valid_size: int = 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant.nbody import NBody
-from weightshare.training import Losses, Task, Term
+from weightshare.training import EpochBatches, Losses, Task, Term, streams
 
 VECTORS = ("start", "velocity", "target")
 """What turns when a trajectory is rotated."""
@@ -45,6 +45,30 @@ class DynamicsTask(Task):
     def forward(self, batch: Any) -> Losses:
         error = (self.predict(batch) - batch["target"]).square()
         return {"mse": Term(error.sum(), error.numel())}
+
+
+class Rescaled:
+    r"""Batches of trajectories, each example in another unit of length.
+
+    With :math:`x \to \lambda x` in the same time, :math:`q \to \lambda^{3/2} q` obeys the same law
+    of motion: accelerations grow by :math:`\lambda`, forces by :math:`q^2 / x^2`. What a large
+    network would learn by heart of 3,000 trajectories it then has to see in all of these.
+
+    Args:
+        batches: of ``columns``.
+        spread: standard deviation of :math:`\ln\lambda`.
+    """
+
+    def __init__(self, batches: EpochBatches, spread: float = 0.15) -> None:
+        self.batches, self.spread = batches, spread
+        self.size, self.batch_size = batches.size, batches.batch_size
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = self.batches[step]
+        draw = streams(self.batches.seed, step).local
+        unit = (self.spread * torch.randn(len(batch["charges"]), 1, 1, generator=draw)).exp()
+        moved = {name: batch[name] * unit for name in VECTORS}
+        return {**batch, **moved, "charges": batch["charges"] * unit[..., 0] ** 1.5}
 
 
 def columns(data: NBody) -> dict[str, Tensor]:
