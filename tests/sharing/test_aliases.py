@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import SHARED, Looped, TiedHead, TwoModules, batch, loss_of, twins
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from weightshare.errors import UserError
 from weightshare.sharing import CountSketch, Use, accumulate, displaced, per_use
@@ -70,6 +71,30 @@ def test_an_ordinary_backward_inside_gives_both_the_gradient_and_its_parts():
         assert torch.equal(model.get_parameter(name).grad, parameter.grad)
         assert torch.allclose(sum(parts[name].values()), parameter.grad, atol=1e-14)
     assert uses.take() == {}
+
+
+def test_an_optimizer_inside_meets_plain_parameters_and_uses_are_seen_again_after_it():
+    kinds = set()
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            kinds.update(type(p) for group in self.param_groups for p in group["params"])
+            return super().step(closure)
+
+    model = Looped().double()
+    optimizer = Recorder(model.parameters(), 0.1)
+    with per_use(model) as uses:
+        for _ in range(2):
+            loss_of(model, batch()).backward()
+            parts = uses.take()
+            assert len(parts["blocks.0.1.weight"]) == 4
+            assert torch.allclose(
+                sum(parts["blocks.0.1.weight"].values()), model.blocks[0][1].weight.grad
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    assert kinds == {nn.Parameter}
+    assert not _global_optimizer_pre_hooks
 
 
 @checkpointed

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from weightshare.errors import UserError
 from weightshare.sharing.ghost import GhostLinear
@@ -244,18 +248,29 @@ class _Aliasing:
                 module.register_forward_pre_hook(self._begin, prepend=True),
                 module.register_forward_hook(self._end, always_call=True),
             ]
+        # Optimizers take their fast path for plain parameters only.
+        self.handles += [
+            register_optimizer_step_pre_hook(self._rest),
+            register_optimizer_step_post_hook(self._watch),
+        ]
         _ACTIVE.append(self)
-        for parameter, kind in self.kinds.items():
-            parameter.__class__ = _watched(kind)
+        self._watch()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            for parameter, kind in self.kinds.items():
-                parameter.__class__ = kind
+        self._rest()
         _ACTIVE.remove(self)
         for handle in self.handles:
             handle.remove()
+
+    def _watch(self, *_: Any) -> None:
+        for parameter, kind in self.kinds.items():
+            parameter.__class__ = _watched(kind)
+
+    def _rest(self, *_: Any) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, kind in self.kinds.items():
+                parameter.__class__ = kind
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         if recomputing():

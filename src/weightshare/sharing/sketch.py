@@ -59,7 +59,7 @@ class CountSketch:
             sketch = torch.zeros(m, dtype=flat.dtype, device=flat.device)
             for rows in map(slice, range(0, whole, step), range(step, whole + step, step)):
                 sketch.addmv_((chunks[rows] * signs[rows]).T, chunk_signs[rows])
-        sketch[: len(last)] += last * flat[whole * m :]
+        sketch[: len(last)].addcmul_(last, flat[whole * m :])
         return sketch
 
     def _hash(
