@@ -68,7 +68,7 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
     """All rules and seeds of one cell."""
     partition, attack, count = cell
     samples, hidden = SIZES.get(options.data, OTHERWISE)
-    lockstep = Lockstep(options.device)
+    lockstep = Lockstep(options.device, not options.eager)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     data = some_of(load_samples(options.data))
     federations: dict[tuple[str, int], Simulation] = {}
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rules", default=",".join(RULES), help="only these, with commas")
     parser.add_argument("--device", default="cpu", help="where participants are trained")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     table = Table(lambda o: f"federated_attacks_{o.data}", __doc__, parser)
     options = table.options
     torch.set_num_threads(1)
@@ -217,7 +218,9 @@ def main() -> None:
         # Rows that were computed elsewhere keep the places where they were.
         parts = [json.loads(file.read_text(encoding="utf-8")) for file in options.join]
         for key in ("device", "torch", "python", "trained_on"):
-            table.facts[key] = " and ".join(sorted({part[key] for part in parts}))
+            table.facts[key] = " and ".join(
+                sorted({p for part in parts for p in part[key].split(" and ")})
+            )
         start = f" --first-seed {options.first_seed}" if options.first_seed else ""
         command = f"python benchmarks/federated/attacks.py --data {options.data}{start}"
         table.facts |= {"command": command}

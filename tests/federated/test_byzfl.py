@@ -26,7 +26,7 @@ HONEST = np.random.default_rng(0).standard_normal((7, 300)).astype(np.float32)
 
 def situation():
     draw = np.random.default_rng(1)
-    return attacks.Situation(1, draw, draw, list(HONEST))
+    return attacks.Situation(1, draw, draw, attacks.Crowd(HONEST))
 
 
 @pytest.mark.parametrize(

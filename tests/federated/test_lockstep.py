@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from weightshare.errors import UserError
-from weightshare.federated.config import FederateConfig
+from weightshare.federated.config import FederateConfig, LocalConfig
 from weightshare.federated.loading import load_samples
+from weightshare.federated.local import Classifier, LoopTraining, weights_of
 from weightshare.federated.lockstep import Lockstep
 from weightshare.federated.models import model_for
+from weightshare.federated.reviews import WORDS
+from weightshare.federated.samples import Samples
 from weightshare.federated.simulation import simulate
+from weightshare.federated.stacked import StackedTraining
 
 
 def options(strategy, seed=0, **more):
@@ -95,3 +99,34 @@ def test_a_stack_in_groups_is_the_stack_in_one_piece(monkeypatch):
     apart = here.training.train(starts, 2)
     for name, vector in together.items():
         np.testing.assert_allclose(apart[name], vector, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_recorded_steps_on_a_gpu_are_the_loops_steps(kind):
+    draw = np.random.default_rng(0)
+    sizes = [200, 200, 90, 200, 33]
+    shape, values = ((8, 8), None) if kind == "images" else ((32,), WORDS)
+    rows = (
+        draw.random((sum(sizes), *shape), np.float32)
+        if values is None
+        else draw.integers(0, values, (sum(sizes), *shape))
+    )
+    labels = draw.integers(0, 2, sum(sizes))
+    model = model_for(Samples(rows, labels, rows[:1], labels[:1]), 16, seed=0)
+    names, edges = [f"p{i}" for i in range(len(sizes))], np.cumsum([0, *sizes])
+    data = {
+        name: (torch.from_numpy(rows[a:b]), torch.from_numpy(labels[a:b]))
+        for name, a, b in zip(names, edges, edges[1:], strict=False)
+    }
+    config = LocalConfig(epochs=2, batch_size=16)
+    task = Classifier(model)
+    stacked, loop = StackedTraining(task, data, config, "cuda"), LoopTraining(task, data, config)
+    starts = {name: weights_of(task) + np.float32(0.01 * i) for i, name in enumerate(names)}
+    for number, present in enumerate((names, names, names[1:4], names), 1):
+        chosen = {name: starts[name] for name in present}
+        expected = loop.train(chosen, number)
+        for name, found in stacked.train(chosen, number).items():
+            np.testing.assert_allclose(found, expected[name], atol=1e-4)
+            starts[name] = expected[name]

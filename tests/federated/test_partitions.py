@@ -5,7 +5,7 @@ import pytest
 
 from weightshare.errors import UserError
 from weightshare.federated import ATTACKS, deal, fairness
-from weightshare.federated.attacks import Situation
+from weightshare.federated.attacks import Crowd, Situation
 from weightshare.federated.partitions import class_counts, power_sizes
 
 LABELS = np.arange(3000) % 10
@@ -60,7 +60,7 @@ def test_fairness_of_training_alone_is_a_hundred_and_of_equals_undefined():
 
 def situation(round_number=1, honest=(), seed=0):
     draws = [np.random.default_rng([seed, round_number, k]) for k in range(2)]
-    return Situation(round_number, *draws, honest=honest)
+    return Situation(round_number, *draws, honest=Crowd(honest))
 
 
 def test_attacks_send_what_they_are_named_after():

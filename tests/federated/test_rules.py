@@ -9,6 +9,7 @@ from weightshare.federated import wire
 from weightshare.federated.federation import run_rounds
 from weightshare.federated.grid import InProcessGrid
 from weightshare.federated.participant import Cohort
+from weightshare.federated.root import RootAlong
 from weightshare.federated.rules import (
     FLTrust,
     FoolsGold,
@@ -101,3 +102,26 @@ def test_an_unreadable_reply_is_left_out_and_the_order_of_nodes_is_fixed():
     found = run_rounds(FoolsGold(4), InProcessGrid(updates, spoilt), start, 2)["weights"].numpy()
     again = run_rounds(FoolsGold(4), InProcessGrid(updates, spoilt), start, 2)["weights"].numpy()
     assert np.isfinite(found).all() and found.tobytes() == again.tobytes()
+
+
+class Halving:
+    """Training that halves the weights, and notes whom it was asked to train together."""
+
+    def __init__(self):
+        self.asked = []
+
+    def train(self, starts, number):
+        self.asked.append(sorted(starts))
+        return {name: start / 2 for name, start in starts.items()}
+
+
+def test_the_trusted_update_is_trained_along_and_is_what_it_would_be_alone():
+    server, learner = np.float32([4, 2]), Halving()
+    along = RootAlong(learner, lambda: server)
+    assert list(along.train({"p1": np.float32([8, 8])}, 3)) == ["p1"]
+    np.testing.assert_array_equal(along.update(server, 3), -server / 2)
+    assert learner.asked == [["p1", "root"]]
+    other = np.float32([1, 1])
+    np.testing.assert_array_equal(along.update(other, 3), -other / 2)
+    np.testing.assert_array_equal(along.update(server, 4), -server / 2)
+    assert learner.asked[1:] == [["root"], ["root"]]

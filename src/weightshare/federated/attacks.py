@@ -6,12 +6,35 @@ strongest adversary there is.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from weightshare.federated.vectors import Vector
+
+
+class Crowd:
+    """A round's honest updates; what all adversaries want to know of them is computed once."""
+
+    def __init__(self, updates: Sequence[Vector] = ()) -> None:
+        self.updates = list(updates)
+
+    def __bool__(self) -> bool:
+        return bool(self.updates)
+
+    @cached_property
+    def mean(self) -> Vector:
+        """``(D,)``."""
+        mean: Vector = np.mean(np.stack(self.updates), axis=0)
+        return mean
+
+    @cached_property
+    def spread(self) -> Vector:
+        """Standard deviations, ``(D,)``."""
+        spread: Vector = np.std(np.stack(self.updates), axis=0)
+        return spread
 
 
 @dataclass(frozen=True)
@@ -23,7 +46,7 @@ class Situation:
     """Its own randomness."""
     common: np.random.Generator
     """Randomness that all adversaries share, for those who act as one."""
-    honest: Sequence[Vector] = ()
+    honest: Crowd = field(default_factory=Crowd)
     """This round's updates of the honest participants."""
     last_reward: Vector | None = None
 
@@ -84,15 +107,14 @@ def scaled(update: Vector, now: Situation) -> Vector:
 
 def inner_product(update: Vector, now: Situation, factor: float = 2.0) -> Vector:
     """``-τ`` times the honest mean, τ = 2 (inner product manipulation, Xie et al. 2019)."""
-    return (-factor * _mean(now, update)).astype(np.float32)
+    return (-factor * (now.honest.mean if now.honest else update)).astype(np.float32)
 
 
 def alie(update: Vector, now: Situation, deviations: float = 1.5) -> Vector:
     """Honest mean minus 1.5 standard deviations ("A Little Is Enough", Baruch et al. 2019)."""
     if not now.honest:
         return update
-    spread = np.std(np.stack(now.honest), axis=0)
-    return (_mean(now, update) - deviations * spread).astype(np.float32)
+    return (now.honest.mean - deviations * now.honest.spread).astype(np.float32)
 
 
 def identical(update: Vector, now: Situation) -> Vector:
@@ -103,7 +125,7 @@ def identical(update: Vector, now: Situation) -> Vector:
 
 def mimic(update: Vector, now: Situation) -> Vector:
     """A copy of one honest participant's update (Karimireddy et al. 2022)."""
-    return now.honest[0].copy() if now.honest else update
+    return now.honest.updates[0].copy() if now.honest else update
 
 
 def replay(update: Vector, now: Situation) -> Vector:
@@ -119,10 +141,6 @@ def zero(update: Vector, now: Situation) -> Vector:
 def late(update: Vector, now: Situation, honest_rounds: int = 12) -> Vector:
     """Honest for 12 rounds, then the negative."""
     return update if now.round <= honest_rounds else -update
-
-
-def _mean(now: Situation, otherwise: Vector) -> Vector:
-    return np.mean(np.stack(now.honest), axis=0) if now.honest else otherwise
 
 
 ATTACKS: dict[str, Attack] = {

@@ -35,9 +35,11 @@ class Lockstep:
 
     Args:
         device: where to train.
+        capture: see ``Stack``.
     """
 
     device: str = "cpu"
+    capture: bool = True
     _turn: Condition = field(default_factory=Condition)
     _running: int = 0
     _requests: list[_Request] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Lockstep:
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The results of all jobs, each of which may train; the first failure is raised."""
         assert self._task is not None
-        self._stack = Stack(self._task, self._data, self.device)
+        self._stack = Stack(self._task, self._data, self.device, self.capture)
         self._running, self._requests = len(jobs), []
         with ThreadPoolExecutor(max_workers=len(jobs)) as threads:
             return list(threads.map(self._take_part, jobs))

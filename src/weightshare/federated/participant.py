@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from weightshare.federated import wire
-from weightshare.federated.attacks import Attack, Situation
+from weightshare.federated.attacks import Attack, Crowd, Situation
 from weightshare.federated.grid import Reply
 from weightshare.federated.local import Training
 from weightshare.federated.vectors import Vector
@@ -186,7 +186,7 @@ class Cohort:
             name: trained[name] - start if name in trained else np.zeros_like(start)
             for name, start in starts.items()
         }
-        honest = [updates[name] for name in sorted(updates) if name not in self.attacks]
+        honest = Crowd([updates[name] for name in sorted(updates) if name not in self.attacks])
         for name, message in deliveries:
             yield name, self._reply(name, message, number, starts, updates, honest)
 
@@ -206,7 +206,7 @@ class Cohort:
         number: int,
         starts: Mapping[str, Vector],
         updates: Mapping[str, Vector],
-        honest: Sequence[Vector],
+        honest: Crowd,
     ) -> Message:
         if message.metadata.message_type == wire.REWARD:
             return Message(RecordDict(), reply_to=message)
@@ -224,9 +224,7 @@ class Cohort:
         check = message.content["round"]["checksum"]
         return Message(wire.answer(update, number, check), reply_to=message)
 
-    def _situation(
-        self, name: str, number: int, honest: Sequence[Vector], memory: Memory
-    ) -> Situation:
+    def _situation(self, name: str, number: int, honest: Crowd, memory: Memory) -> Situation:
         own = int.from_bytes(name.encode(), "little") % 2**32
         return Situation(
             number,

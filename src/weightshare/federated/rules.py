@@ -162,5 +162,10 @@ class FLTrust(UpdateStrategy):
         super().__init__(minimum)
         self.root = root
 
+    @property
+    def server(self) -> Vector:
+        """What the trusted update starts from in this round."""
+        return self._weights
+
     def combine(self, updates: Mapping[int, Vector], server_round: int) -> Vector:
         return fltrust(list(updates.values()), self.root(self._weights, server_round))

@@ -40,6 +40,7 @@ from weightshare.federated.material import ROOT, Material
 from weightshare.federated.models import model_for
 from weightshare.federated.participant import Cohort, Memory
 from weightshare.federated.partitions import deal
+from weightshare.federated.root import RootAlong
 from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian
 from weightshare.federated.samples import Samples
 from weightshare.federated.stacked import StackedTraining
@@ -270,13 +271,10 @@ def assemble(
     config: FederateConfig, material: Material, folder: Path | None = None, as_bytes: bool = True
 ) -> Simulation:
     """Participants, grid and strategy around what is trained; see ``simulate``."""
-    learner, initial, attack = material.learner, material.initial, ATTACKS.get(config.attack)
-
-    def root(weights: Vector, number: int) -> Vector:
-        return learner.train({ROOT: weights}, number)[ROOT] - weights
-
+    initial, attack = material.initial, ATTACKS.get(config.attack)
+    learner = RootAlong(material.learner, lambda: strategy.server)
     cohort = Cohort(
-        learner,
+        learner if config.root_samples else material.learner,
         len(initial),
         material.examples,
         dict.fromkeys(material.adversaries, attack) if attack else {},
@@ -287,7 +285,7 @@ def assemble(
         initial,
         material.examples,
         layers=material.layers,
-        root=root if config.root_samples else None,
+        root=learner.update if config.root_samples else None,
         folder=folder,
     )
     return Simulation(

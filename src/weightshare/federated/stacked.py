@@ -20,10 +20,16 @@ from weightshare.federated.local import (
     steps_of,
 )
 from weightshare.federated.vectors import Vector
-from weightshare.training import Task, total
+from weightshare.training import Captured, Task, Update, total
+from weightshare.training.place import Place
+from weightshare.training.update import Metrics
 
 CACHED = 1 << 22
 """Weights of a group on the CPU: 16 MB, and as much again for their gradients."""
+
+
+KEPT = 8
+"""Graphs that are kept at a time; each has memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,20 @@ class Stack:
 
     Whoever has fewer steps leaves the stack earlier. On the CPU the stack is trained in groups
     whose weights stay in the cache: of 320 perceptrons of 50,890 weights, each took 660 µs a step
-    in one piece and 360 µs in groups of 80. For models without buffers and without randomness.
+    in one piece and 360 µs in groups of 80. On a GPU a step is one CUDA graph for each number of
+    models that still train. For models without buffers and without randomness.
 
     Args:
         task: gives structure and loss; its weights are not used.
         data: everyone's (inputs, labels); lessons refer to these very tensors.
         device: where to compute.
+        capture: record steps on a GPU; without, they are launched kernel by kernel.
     """
 
-    def __init__(self, task: Task, data: Sequence[Examples], device: str = "cpu") -> None:
-        self.task, self.device = task, device
+    def __init__(
+        self, task: Task, data: Sequence[Examples], device: str = "cpu", capture: bool = True
+    ) -> None:
+        self.task, self.device, self.capture = task, device, capture
         self._data = list(data)  # kept alive: rows are found by the tensors' identity
         unique = {_key(each): each for each in data}
         sizes = [len(labels) for _, labels in unique.values()]
@@ -60,12 +70,10 @@ class Stack:
         self._labels = torch.cat([labels for _, labels in unique.values()]).to(device)
         self._shapes = {n: p.shape for n, p in task.named_parameters() if p.requires_grad}
         self._edges = np.cumsum([0, *layer_sizes(task)]).tolist()
-        self._gradient = vmap(grad(self._loss))
         weights = sum(shape.numel() for shape in self._shapes.values())
         self._together = max(1, CACHED // weights) if device == "cpu" else sys.maxsize
-
-    def _loss(self, parameters: dict[str, Tensor], batch: Examples) -> Tensor:
-        return total(functional_call(self.task, parameters, (batch,)))
+        self._room: dict[str, Tensor] = {}
+        self._steps: dict[int, Update] = {}
 
     def train(self, lessons: Sequence[Lesson]) -> list[Vector]:
         """New weights of each lesson, in the order given."""
@@ -90,27 +98,59 @@ class Stack:
         places, rates = places.to(self.device), rates.to(self.device)
 
         flat = torch.from_numpy(np.stack([lesson.start for lesson in lessons])).to(self.device)
-        stacks = {
-            name: flat[:, a:b].reshape(-1, *shape).clone()
-            for (name, shape), (a, b) in zip(
-                self._shapes.items(), pairwise(self._edges), strict=True
-            )
-        }
+        weights = self._weights(len(lessons))
+        for stack, (a, b) in zip(weights.values(), pairwise(self._edges), strict=True):
+            stack.copy_(flat[:, a:b].view_as(stack))
         for step in range(len(places)):
             active = sum(count > step for count in steps)
-            chosen = places[step, :active]
-            now = {name: stack[:active] for name, stack in stacks.items()}
-            gradients = self._gradient(now, (self._inputs[chosen], self._labels[chosen]))
-            for name, gradient in gradients.items():
-                rate = rates[step, :active].view(-1, *[1] * (gradient.ndim - 1))
-                now[name].addcmul_(rate, gradient, value=-1)
-        trained: Vector = torch.cat([s.flatten(1) for s in stacks.values()], 1).cpu().numpy()
+            self._step(active).apply((places[step, :active], rates[step, :active]))
+        trained: Vector = torch.cat([s.flatten(1) for s in weights.values()], 1).cpu().numpy()
         return trained
+
+    def _weights(self, count: int) -> dict[str, Tensor]:
+        """Room for the weights of ``count`` models, the same at every call: graphs refer to it."""
+        if not self._room or len(next(iter(self._room.values()))) < count:
+            self._steps.clear()
+            self._room = {
+                name: torch.empty(count, *shape, device=self.device)
+                for name, shape in self._shapes.items()
+            }
+        return {name: stack[:count] for name, stack in self._room.items()}
+
+    def _step(self, active: int) -> Update:
+        if active not in self._steps:
+            if len(self._steps) >= KEPT:
+                self._steps.clear()
+            step = _Step(self.task, self._weights(active), (self._inputs, self._labels))
+            step.move(Place(torch.device(self.device)))
+            self._steps[active] = Captured(step, warmup=1) if self.capture else step
+        return self._steps[active]
 
     @staticmethod
     def _batch(lessons: Sequence[Lesson]) -> int:
         (size,) = {lesson.config.batch_size for lesson in lessons}
         return size
+
+
+class _Step(Update):
+    """One step of plain SGD of every model in ``weights``."""
+
+    def __init__(self, task: Task, weights: dict[str, Tensor], data: Examples) -> None:
+        def loss(parameters: dict[str, Tensor], batch: Examples) -> Tensor:
+            return total(functional_call(task, parameters, (batch,)))
+
+        self._weights, self._data = weights, data
+        self._gradient = vmap(grad(loss))
+
+    def apply(self, tensors: tuple[Tensor, Tensor]) -> Metrics:
+        """``rows (models, batch)`` of the data and ``rates (models,)``."""
+        rows, rates = tensors
+        inputs, labels = self._data
+        gradients = self._gradient(self._weights, (inputs[rows], labels[rows]))
+        for name, gradient in gradients.items():
+            rate = rates.view(-1, *[1] * (gradient.ndim - 1))
+            self._weights[name].addcmul_(rate, gradient, value=-1)
+        return {}
 
 
 def _key(data: Examples) -> tuple[int, int]:
