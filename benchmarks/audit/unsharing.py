@@ -7,13 +7,14 @@ weights have been trained before.
 
     audit (adam)        most predicted gain within the budget, in Adam's metric
     audit (plain)       the same in the plain metric
-    trial               most credit within the budget after a trial of 50 steps that trains all uses
+    trial               most credit within the budget after trials of 50 steps that train all uses
                         apart (weightshare.audit.apart)
     lowest cosine       low-rank deltas where uses agree least
     random              tensors, kinds and groups at random
     first / last        low-rank deltas from the first (last) tensors on, of a rank with which all
                         of them would cost three budgets
     everywhere          low-rank deltas of one rank on every tensor
+    scales              private scales on every tensor
     nothing             the shared weights alone
 
 *Near* believes a prediction only as far as a tenth of the weights' norm. The honesty clause
@@ -73,8 +74,8 @@ QUICK = {"cure": 10, "spend": 5, "probe": 3, "trial": 3}
 RATES = {"tiny": 2e-3, "stories260K": 2e-3, "babyllama105": 1e-3}
 """Learning rates: the best of 1e-3, 2e-3 and 4e-3 without unsharing. At a lower one most of what a
 delta gains is that it moves faster than the weight it is added to."""
-RANKS = (2, 8, 32)
-KINDS = [("unshare", 0), *(("low_rank", rank) for rank in RANKS)]
+RANKS = (2, 8)
+KINDS = [("scale", 0), ("unshare", 0), *(("low_rank", rank) for rank in RANKS)]
 LENGTH = 128
 
 
@@ -238,6 +239,7 @@ class Setting:
             self.audited,
             language_loss,
             [f.layer for f in self.found.findings],
+            rank=8,
             learning_rate=RATES[self.name],
             seed=self.seed,
         )
@@ -249,9 +251,8 @@ class Setting:
         return self.apart.predict(
             [
                 Unsharing(kind, layer, mine, rank)
-                for layer, mine in groups.items()
-                if mine is not None
                 for kind, rank in KINDS
+                for layer, mine in groups[kind].items()
             ]
         )
 
@@ -407,6 +408,7 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "nothing": lambda s: [],
     "random": Setting.at_random,
     "everywhere": Setting.everywhere,
+    "scales": lambda s: [replace(u, kind="scale", rank=0) for u in s.by_depth],
     "first": lambda s: s.large(s.by_depth),
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
