@@ -413,7 +413,7 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
     "audit (adam)": lambda s: s.buy(s.adam),
-    "audit (adam, near)": lambda s: s.buy(map(near, s.adam)),
+    "audit (adam; near)": lambda s: s.buy(map(near, s.adam)),
     "audit (plain)": lambda s: s.buy(s.plain),
     "trial": lambda s: s.buy(s.tried),
 }
