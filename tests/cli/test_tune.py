@@ -144,6 +144,7 @@ def test_two_processes_sweep_and_train_like_one(model_folder, instructions, tmp_
         ("vblora", ["--options", "num_vectors=20,topk=2"]),
         ("unilora", ["--equivalent-rank", "0.5"]),
         ("miss", ["--rank", "2"]),
+        ("prompt_tuning", []),
     ],
 )
 def test_other_methods_run_the_same_way(
@@ -226,7 +227,9 @@ def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
         (["--sweep", "0"], "above 0"),
         (["--sequence-length", "4096"], "at most"),
         (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--target-modules", "nothing"], "does not fit"),
+        (["--target-modules", "nothing"], "some of down_proj"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--method", "prompt_tuning", "--sweep", "1e-3"], "off the model again"),
         (["--method", "vblora", "--options", "vector_length=7"], "does not fit"),
     ],
 )
@@ -237,6 +240,8 @@ def test_what_cannot_be_is_said_in_one_sentence(
     assert main([*arguments, str(tmp_path / "x"), *more]) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("weightshare:")]
     assert len(lines) == 1 and said in lines[0], lines
+    # The corrected command must not meet a half-made run.
+    assert not (tmp_path / "x").exists()
     assert torch.is_grad_enabled()
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from shards.shard_models import LINEARS, adapted, layers, pools
 from small_models import make, tokens
@@ -251,6 +252,14 @@ def test_generating_gathers_once_and_writes_the_same():
     assert calls and all(calls)
     merged = copy.deepcopy(model).merge_and_unload()
     assert torch.equal(written, merged.generate(input_ids=x, max_new_tokens=6, do_sample=False))
+
+
+def test_peft_s_switch_for_casts_of_inputs_is_accepted():
+    model = adapted()
+    with torch.no_grad():
+        want = model(tokens(2)).logits
+        with disable_input_dtype_casting(model):
+            assert torch.equal(model(tokens(2)).logits, want)
 
 
 def test_kept_factors_follow_a_change_of_the_pools():

@@ -40,6 +40,8 @@ def run(config: TuneConfig) -> None:
     from weightshare.shards.tuning import evaluate_loss
 
     rates = sweep_rates(config.sweep)
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size is {config.batch_size}; give at least 1.")
     group = ranks(config.device)
     source = open_model(config.model, config.dtype, group.device)
     base = source.model
@@ -221,7 +223,6 @@ def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
             "private_rank": config.private_rank,
             **options,
         }
-    names = [part.strip() for part in config.target_modules.split(",") if part.strip()]
     made = adapter_config(
         config.method,
         source.model,
@@ -229,10 +230,32 @@ def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
-        target_modules="all-linear" if names == ["all-linear"] else names,
+        target_modules=target_modules(config, source),
         options=options,
     )
     return add_adapter(source, made, config.seed)
+
+
+def target_modules(config: TuneConfig, source: "LanguageModel") -> str | list[str]:
+    """The modules to adapt.
+
+    Raises:
+        UserError: a name that no module of the model has.
+    """
+    from weightshare.shards.methods import linear_targets
+
+    names = [part.strip() for part in config.target_modules.split(",") if part.strip()]
+    if names == ["all-linear"]:
+        return "all-linear"
+    for name in names:
+        modules = [module for module, _ in source.model.named_modules()]
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            there = {target.name.rsplit(".", 1)[-1] for target in linear_targets(source.model)}
+            raise UserError(
+                f"--target-modules names {name!r}, which {config.model} does not have; give "
+                f"all-linear, or some of {', '.join(sorted(there))}."
+            )
+    return names
 
 
 def loop_config(config: TuneConfig, source: "LanguageModel", rate: float) -> "LoopConfig":

@@ -1,16 +1,14 @@
 """What a checkpoint must hold before it is believed."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from weightshare.errors import UserError
 from weightshare.shards.indices import checksum
-
-if TYPE_CHECKING:
-    from weightshare.shards.model import MosModel
+from weightshare.shards.layer import MosLayer
+from weightshare.shards.store import PoolStore
 
 
 def stored_checksum(pools: Iterable[Sequence[Sequence[int]]]) -> Tensor:
@@ -20,7 +18,11 @@ def stored_checksum(pools: Iterable[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def check_saved(
-    model: "MosModel", adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    store: PoolStore,
+    layers: Mapping[str, MosLayer],
 ) -> bool:
     """Whether ``state_dict`` brings the adapter; if so it must bring all of it, unharmed.
 
@@ -31,13 +33,10 @@ def check_saved(
     pools = f"{prefix}mos_pools.{adapter_name}."
     if not any(key.startswith(pools) for key in state_dict):
         return False
-    pools_of: Any = model.mos_pools[adapter_name]
-    wanted = {f"{pools}{key}": pool for key, pool in pools_of.items()}
+    tables = store.tables[adapter_name]
+    wanted: dict[str, Tensor] = {f"{pools}{key}": store.pool(adapter_name, key) for key in tables}
     indices: dict[tuple[str, int], Tensor] = {}
-    layers: Any = model.model.named_modules()
-    for name, layer in layers:
-        if adapter_name not in getattr(layer, "mos_places", ()):
-            continue
+    for name, layer in layers.items():
         place = layer.mos_places[adapter_name]
         for side, (key, member) in (("A", place.a), ("B", place.b)):
             container = getattr(layer, f"mos_indices_{side}")
@@ -60,7 +59,7 @@ def check_saved(
                 "file and the adapter_config.json of the same adapter."
             )
     for (key, _), index in indices.items():
-        rows = model.mos_store.tables[adapter_name][key].rows
+        rows = tables[key].rows
         if not 0 <= int(index.min()) <= int(index.max()) < rows:
             raise UserError(
                 f"The adapter's file uses shard {int(index.max())} of the pool {key}, which has "
@@ -69,7 +68,7 @@ def check_saved(
     # By the tables: pools in their order, members in theirs.
     found = stored_checksum(
         [indices[key, member].tolist() for member in range(len(table.sources))]
-        for key, table in model.mos_store.tables[adapter_name].items()
+        for key, table in tables.items()
     )
     expected = state_dict.get(f"{prefix}mos_checksum.{adapter_name}")
     if expected is None or not torch.equal(expected.cpu(), found):

@@ -48,6 +48,8 @@ class MosLayer(BaseTunerLayer):
         "mos_row_scale",
         "mos_dropout",
     )
+    # PEFT's disable_input_dtype_casting sets it; factors take the type of the input either way.
+    cast_input_dtype_enabled = True
     base_layer: Any
     active_adapters: Any
     get_base_weight: Any

@@ -18,6 +18,8 @@ LEARNING_RATES = {"lora": 1e-3, "mos": 2e-3, "unilora": 8e-3, "vblora": 8e-3, "v
 """LoRA's and MoS's are the best of a sweep on SmolLM2-135M with alpha 16. The other three were not
 swept there; in benchmarks/shards/replica.py each wanted eight times LoRA's rate."""
 USUAL_RATE = 5e-3
+VIRTUAL_TOKENS = 20
+"""Length of a learnt prompt, as in PEFT's own examples; prompt methods have no default."""
 VB_WIDTH = 256
 """Vector length of VB-LoRA (Li et al. 2024); less where it does not divide the layers."""
 
@@ -58,6 +60,7 @@ def adapter_config(
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         f"{method}_dropout": dropout,
+        "num_virtual_tokens": VIRTUAL_TOKENS,
     }
     if method == "mos":
         wanted |= {"equivalent_rank": equivalent_rank, "rank": rank}

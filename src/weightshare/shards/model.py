@@ -245,7 +245,8 @@ class MosModel(BaseTuner):
         """Check what is loaded for an adapter before any of it is copied."""
         for adapter_name in list(self.mos_pools):
             try:
-                if check_saved(self, adapter_name, state_dict, prefix):
+                layers = self._named_layers(adapter_name)
+                if check_saved(adapter_name, state_dict, prefix, self.mos_store, layers):
                     for key, tensor in state_dict.items():
                         if tensor.dtype == torch.int16:
                             state_dict[key] = tensor.int()
@@ -301,6 +302,13 @@ class MosModel(BaseTuner):
         dtype = compute_dtype(next(p for p in weights if p.is_floating_point()))
         with self.mos_store.gathered(adapter_names, dtype):
             yield
+
+    def _named_layers(self, adapter_name: str) -> dict[str, MosLayer]:
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, MosLayer) and adapter_name in module.mos_places
+        }
 
     def _layers(self, adapter_name: str | None = None) -> Iterator[MosLayer]:
         for module in self.model.modules():
