@@ -37,8 +37,8 @@ from weightshare.federated.samples import Samples
 from weightshare.federated.simulation import Simulation, simulate
 
 RULES = (
-    "robust", "robust+root", "reputation", "reference", "cgsv", "fedavg", "median", "krum",
-    "multi_krum", "geometric_median", "foolsgold", "fltrust",
+    "robust", "robust+root", "examined", "reputation", "reference", "cgsv", "fedavg", "median",
+    "krum", "multi_krum", "geometric_median", "foolsgold", "fltrust",
 )  # fmt: skip
 PARTITIONS = ("uniform", "power", "classes", "dirichlet")
 INDEPENDENT = ("free_rider", "sign_randomise", "rescale", "value_invert", "sign_flip")
@@ -83,7 +83,7 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
                 rounds=rounds,
                 samples=samples,
                 hidden=hidden,
-                root_samples=ROOT if rule in ("robust+root", "fltrust") else 0,
+                root_samples=ROOT if rule in ("robust+root", "examined", "fltrust") else 0,
                 seed=seed,
                 device=options.device,
             )
@@ -115,6 +115,16 @@ def some_of(samples: Samples) -> Samples:
         samples.train[train], samples.train_labels[train],
         samples.test[test], samples.test_labels[test],
     )  # fmt: skip
+
+
+def merged(one: dict, other: dict) -> dict:
+    """A row of which two files have some rules or seeds each; ``one`` decides on what both have."""
+    rules = [rule for rule in RULES if rule in one["rules"] or rule in other["rules"]]
+    return {
+        "alone": other["alone"] | one["alone"],
+        "rules": {r: other["rules"].get(r, {}) | one["rules"].get(r, {}) for r in rules},
+        "seconds": max(one.get("seconds", 0), other.get("seconds", 0)),
+    }
 
 
 def outcome(here: Simulation, alone: dict[str, float]) -> dict:
@@ -201,6 +211,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     table = Table(lambda o: f"federated_attacks_{o.data}", __doc__, parser)
     options = table.options
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in options.join]
+    for part in parts:
+        for name, found in part["rows"].items():
+            table.rows[name] = merged(table.rows[name], found)
     torch.set_num_threads(1)
     rounds, cells = 25, CELLS
     if table.quick:
@@ -216,7 +230,6 @@ def main() -> None:
     table.facts |= summaries(table.rows)
     if options.join:
         # Rows that were computed elsewhere keep the places where they were.
-        parts = [json.loads(file.read_text(encoding="utf-8")) for file in options.join]
         for key in ("device", "torch", "python", "trained_on"):
             table.facts[key] = " and ".join(
                 sorted({p for part in parts for p in part[key].split(" and ")})

@@ -1,6 +1,6 @@
 """Settings of a federation. Standard library only: ``weightshare federate --help`` reads this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,8 @@ class ReputationConfig:
         threshold: a participant below threshold divided by the number of live ones is removed
             (1/3 in the paper).
         patience: rounds a participant is assessed before it can be removed (10 in the paper).
+        probation: rounds in which everyone keeps its own updates and is paid nothing; then models
+            are examined on trusted samples, and those that pass go on from their mean.
         gate: withhold the whole reward from whoever is below the threshold, from the first round.
         reward: quota of a participant: reputation relative to the best (relative), the same through
             tanh (tanh, as CGSV), or everything (full).
@@ -56,6 +58,7 @@ class ReputationConfig:
     smooth_shares: bool = False
     threshold: float = 1 / 3
     patience: int = 10
+    probation: int = 0
     gate: bool = True
     reward: Literal["relative", "tanh", "full"] = "relative"
     altruism: float = 1.0
@@ -81,6 +84,7 @@ class ReputationConfig:
             "duplicates": (0, 1),
             "longest": (0, None),
             "patience": (0, None),
+            "probation": (0, None),
             "budget": (0, None),
             "window": (1, None),
             "quorum": (1, None),
@@ -135,6 +139,11 @@ class ReputationConfig:
             longest=1e3,
         )
 
+    @classmethod
+    def examined(cls) -> "ReputationConfig":
+        """``robust``, and an examination on trusted samples before anybody is paid."""
+        return replace(cls.robust(), probation=10)
+
 
 @dataclass
 class FederateConfig:
@@ -154,8 +163,8 @@ class FederateConfig:
             (power), 1 to all classes (classes), or class shares from a Dirichlet law.
         attack: what the adversaries do.
         adversaries: how many, beside the honest ones; each holds half an honest share of samples.
-        strategy: the server's rule. reputation, reference, cgsv and robust are settings of
-            RFFL's; the others send everyone the same model.
+        strategy: the server's rule. reputation, reference, cgsv, robust and examined are settings
+            of RFFL's; the others send everyone the same model.
         rounds: rounds of training.
         epochs: passes over the own samples in a round.
         batch_size: samples per local step.
@@ -166,7 +175,8 @@ class FederateConfig:
         decay: of the learning rate, per local epoch.
         hidden: width of the hidden layer; for texts of a word, and kernels of each length.
         samples: training samples over all participants; 0 takes all there are.
-        root_samples: trusted samples at the server (fltrust needs them; robust uses them if given).
+        root_samples: trusted samples at the server (fltrust and examined need them; robust uses
+            them if given).
         training: one participant after another (loop) or all at once (stacked).
         observe: say who would be removed and remove nobody.
         checkpoint_every: rounds between the server's checkpoints.
@@ -209,6 +219,7 @@ class FederateConfig:
         "reference",
         "cgsv",
         "robust",
+        "examined",
         "fedavg",
         "median",
         "trimmed_mean",
@@ -271,9 +282,14 @@ class FederateConfig:
             )
         if self.attack != "none" and not self.adversaries:
             raise UserError(f"--attack {self.attack} needs adversaries; add --adversaries N.")
-        if self.strategy == "fltrust" and not self.root_samples:
+        if self.strategy in ("fltrust", "examined") and not self.root_samples:
             raise UserError(
-                "fltrust compares updates with one of the server's own; add --root-samples, as 50."
+                f"{self.strategy} compares with trusted samples at the server; add --root-samples, "
+                "as 50."
+            )
+        if self.strategy == "examined" and self.model:
+            raise UserError(
+                "examined looks at losses by class, which text has not; choose --strategy robust."
             )
         if self.model and (self.attack == "label_flip" or self.partition != "uniform"):
             option = "--attack label_flip" if self.attack == "label_flip" else "--partition"
@@ -285,7 +301,7 @@ class FederateConfig:
                 "--training loop trains one participant after another on the CPU; leave out "
                 "--device cuda, or choose --training stacked."
             )
-        if self.observe and self.strategy not in ("reputation", "reference", "cgsv", "robust"):
+        if self.observe and self.rules() is None:
             raise UserError(
                 f"--observe watches reputations, which {self.strategy} has not; "
                 "leave it out or choose --strategy reputation."
@@ -301,13 +317,12 @@ class FederateConfig:
 
     def rules(self) -> ReputationConfig | None:
         """The reputation rules of the strategy; None where it has none."""
-        from dataclasses import replace
-
         presets = {
             "reputation": ReputationConfig(),
             "reference": ReputationConfig.reference(),
             "cgsv": ReputationConfig.cgsv(),
             "robust": ReputationConfig.robust(),
+            "examined": ReputationConfig.examined(),
         }
         found = presets.get(self.strategy)
         return replace(found, observe=self.observe) if found else None

@@ -34,5 +34,7 @@ class Material:
     """Samples that are tested on."""
     flip: tuple[int, int] = (1, 7)
     """Classes of the label-flip attack: what is flipped, and into what."""
+    passes: Callable[[Vector], bool] | None = None
+    """Whether a model passes an examination on the server's trusted samples."""
     confusion: Callable[[Vector], NDArray[Any]] | None = None
     """Of a model: shares of true class (row) taken for class (column)."""

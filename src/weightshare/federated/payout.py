@@ -60,5 +60,6 @@ def payout_of(
         for name in names:
             share = np.float32(judged.weights[name] * judged.scales[name])
             own[name] = share * updates[name]
-    scales = {name: judged.scales[name] if config.keep_own else 0.0 for name in names}
+    keep_own = config.keep_own or judged.round <= config.probation
+    scales = {name: judged.scales[name] if keep_own else 0.0 for name in names}
     return Payout(Rewards(judged.aggregate, judged.quotas, layers), scales, own)

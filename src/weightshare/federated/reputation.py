@@ -204,6 +204,8 @@ def smooth(
         expelled={**standing.expelled, **record},
     )
     withheld = set(below) if config.gate and not config.observe else set()
+    if number <= config.probation:
+        withheld = set(left)
     present = {name: value for name, value in left.items() if name in cosines}
     quotas = {
         name: 0.0 if name in withheld else quota for name, quota in _quotas(present, config).items()

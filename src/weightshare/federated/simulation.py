@@ -23,6 +23,7 @@ from weightshare.errors import UserError
 from weightshare.federated import wire
 from weightshare.federated.attacks import ATTACKS
 from weightshare.federated.config import FederateConfig, LocalConfig
+from weightshare.federated.examination import LIMIT, worst_class
 from weightshare.federated.federation import run_rounds
 from weightshare.federated.grid import InProcessGrid
 from weightshare.federated.loading import load_samples
@@ -246,7 +247,8 @@ def simulate(
     task = Classifier(model_for(samples, config.hidden, config.seed))
     test = torch.from_numpy(samples.test), torch.from_numpy(samples.test_labels)
     local = LocalConfig(config.epochs, config.batch_size, config.rate(), config.decay, config.seed)
-    trained = data | ({ROOT: examples_of(root_rows)} if config.root_samples else {})
+    trusted = examples_of(root_rows)
+    trained = data | ({ROOT: trusted} if config.root_samples else {})
     if training is None:
         training = LoopTraining if config.training == "loop" else on(config.device)
     material = Material(
@@ -262,6 +264,7 @@ def simulate(
         ),
         tested=len(test[1]),
         flip=flip,
+        passes=lambda vector: worst_class(task.model, vector, trusted) <= LIMIT,
         confusion=lambda vector: confusion(task.model, vector, test, samples.classes),
     )
     return assemble(config, material, folder, as_bytes)
@@ -286,6 +289,7 @@ def assemble(
         material.examples,
         layers=material.layers,
         root=learner.update if config.root_samples else None,
+        passes=material.passes,
         folder=folder,
     )
     return Simulation(
@@ -315,6 +319,7 @@ def make_strategy(
     *,
     layers: list[int],
     root: Callable[[Vector, int], Vector] | None = None,
+    passes: Callable[[Vector], bool] | None = None,
     folder: Path | None = None,
 ) -> Strategy:
     """The server's rule by its name in the options. Those that need it are told the true number of
@@ -322,7 +327,14 @@ def make_strategy(
     rules = config.rules()
     if rules is not None:
         return ReputationStrategy(
-            initial, rules, sizes=sizes, layers=layers, root=root, folder=folder, wait=0
+            initial,
+            rules,
+            sizes=sizes,
+            layers=layers,
+            root=root,
+            passes=passes,
+            folder=folder,
+            wait=0,
         )
     everyone, bad = len(sizes), config.adversaries
     tolerated = min(bad, (everyone - 1) // 2)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from weightshare.errors import UserError
 from weightshare.federated import flower, survival, wire
 from weightshare.federated.audit_log import AuditLog
 from weightshare.federated.config import ReputationConfig
+from weightshare.federated.examination import examine
 from weightshare.federated.grid import WithoutNetwork
 from weightshare.federated.payout import Payout, payout_of
 from weightshare.federated.repeats import Repeats
@@ -46,6 +48,7 @@ class ReputationStrategy(Strategy):
         sizes: samples of each participant, as the server has verified them.
         layers: sizes of the model's tensors, for quotas by layer.
         root: trusted updates, to compare with instead of the aggregate.
+        passes: whether a model, ``(D,)``, passes the examination at the end of the probation.
         folder: where the models and the audit log are kept; None keeps them in memory.
         minimum: nodes to wait for before a round.
         wait: seconds to wait for them.
@@ -63,6 +66,7 @@ class ReputationStrategy(Strategy):
         sizes: Mapping[str, float] | None = None,
         layers: Sequence[int] | None = None,
         root: Root | None = None,
+        passes: Callable[[Vector], bool] | None = None,
         folder: Path | None = None,
         minimum: int = 1,
         wait: float = 60.0,
@@ -82,6 +86,12 @@ class ReputationStrategy(Strategy):
                 f"Quotas by layer need the sizes of the tensors, which sum to {sum(layers or ())} "
                 f"and not to the {len(initial)} weights; give layers."
             )
+        if self.config.probation and passes is None:
+            raise UserError(
+                "A probation ends with an examination on trusted samples; give passes, or a "
+                "probation of 0."
+            )
+        self.passes = passes
         self.layers = layers if self.config.quota == "layer" else None
         self.roster, self.sizes, self.root, self.folder = roster, sizes, root, folder
         self.minimum, self.wait, self.sleep = minimum, wait, sleep
@@ -368,6 +378,21 @@ class ReputationStrategy(Strategy):
             self.models[row] = wire.advance(self.models[row], updates[name], own, reward)
         entries = {name: self._payout.count(name) for name in judged.quotas}
         self.log.judgement(judged, self.standing, entries)
+        if judged.round == self.config.probation:
+            self._end_probation()
+
+    def _end_probation(self) -> None:
+        assert self.passes is not None
+        live = self.standing.reputation
+        models = {name: self._model(name) for name in live}
+        found = examine(models, live, self.config.threshold / len(live), self.passes)
+        self.standing = replace(self.standing, reputation=found.reputation)
+        self.log.add("examined", round=self.standing.round, failed=list(found.failed))
+        if found.model is not None:
+            self.server = found.model
+            for name in found.entitled:
+                self.models[self.names.index(name)] = found.model
+                self._stale.add(name)
 
     def _metrics(
         self,
