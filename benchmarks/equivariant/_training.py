@@ -72,7 +72,7 @@ class Course:
 
 def add_options(parser: argparse.ArgumentParser, seconds: int) -> None:
     """The options that ``fill`` reads."""
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", default="0", help="of networks without their own, as in pnita:3")
     parser.add_argument("--epochs", type=int, default=0, help="0: as many as fit into --seconds")
     parser.add_argument(
         "--seconds", type=float, help=f"longest training time, {seconds} without --epochs"
@@ -91,7 +91,9 @@ def fill(
     """Train a network of every name and seed, and write what ``test`` says of it as a row."""
     options = table.options
     seconds = options.seconds or (1e6 if options.epochs else options.usual_seconds)
-    wanted = [(name, seed) for seed in map(int, options.seeds.split(",")) for name in names]
+    wanted = []
+    for name, own in (name.partition(":")[::2] for name in names):
+        wanted += [(name, int(seed)) for seed in (own or options.seeds).split(",")]
     wanted = [pair for pair in wanted if "{}, seed {}".format(*pair) not in table.rows]
     end, table.end = table.end, math.inf  # what has been trained is tested, however late it is
     for group in [wanted] if options.together and wanted else [[pair] for pair in wanted]:
