@@ -5,7 +5,7 @@ selection serves all participants: a few partitions, each within what the one be
 find the k-th largest magnitude of every quota. A reward is then one comparison.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, floor
 
 import numpy as np
@@ -43,7 +43,7 @@ class Order:
     """
 
     def __init__(self, vector: Vector, quotas: Iterable[int]) -> None:
-        self.vector = vector
+        self._magnitudes = np.abs(vector)
         wanted = sorted({k for k in quotas if 0 < k < len(vector)}, reverse=True)
         self._edges: dict[int, np.float32] = {}
         """The k-th largest magnitude."""
@@ -51,7 +51,7 @@ class Order:
         """Quotas beyond which the same magnitude goes on."""
         if wanted:
             places = [len(vector) - k for k in wanted]
-            magnitudes = np.abs(vector)
+            magnitudes = self._magnitudes.copy()
             _partition(magnitudes, places, 0)
             before = 0
             for k, place in zip(wanted, places, strict=True):
@@ -63,18 +63,20 @@ class Order:
 
     def support(self, count: int, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """Which entries the ``count`` largest are, ``(D,)``; ``count`` is one of the quotas."""
-        support = np.empty(len(self.vector), bool) if out is None else out
-        if count in (0, len(self.vector)):
+        size = len(self._magnitudes)
+        support = np.empty(size, bool) if out is None else out
+        if count in (0, size):
             support[:] = count > 0
             return support
         edge = self._edges[count]
-        for place, magnitudes in _magnitudes(self.vector):
-            np.greater_equal(magnitudes, edge, out=support[place])
+        np.greater_equal(self._magnitudes, edge, out=support)
         if count in self._tied:
-            magnitudes = np.abs(self.vector)
-            larger = int(np.count_nonzero(magnitudes > edge))
-            support[np.flatnonzero(magnitudes == edge)[count - larger :]] = False
+            larger = int(np.count_nonzero(self._magnitudes > edge))
+            support[np.flatnonzero(self._magnitudes == edge)[count - larger :]] = False
         return support
+
+    def __len__(self) -> int:
+        return len(self._magnitudes)
 
 
 def _partition(magnitudes: Vector, places: Sequence[int], start: int) -> None:
@@ -90,14 +92,6 @@ def _partition(magnitudes: Vector, places: Sequence[int], start: int) -> None:
     magnitudes.partition(place)
     _partition(magnitudes[:place], places[:middle], start)
     _partition(magnitudes[place + 1 :], places[middle + 1 :], start + place + 1)
-
-
-def _magnitudes(vector: Vector) -> Iterator[tuple[slice, Vector]]:
-    """Block by block through one buffer: fresh memory costs more than the arithmetic on it."""
-    buffer = np.empty(min(len(vector), BLOCK), np.float32)
-    for start in range(0, len(vector), BLOCK):
-        part = vector[start : start + BLOCK]
-        yield slice(start, start + len(part)), np.abs(part, out=buffer[: len(part)])
 
 
 class Rewards:
@@ -135,8 +129,8 @@ class Rewards:
         support = np.empty(len(self.aggregate), bool) if out is None else out
         place = 0
         for order, counts in self._parts:
-            order.support(counts[name], support[place : place + len(order.vector)])
-            place += len(order.vector)
+            order.support(counts[name], support[place : place + len(order)])
+            place += len(order)
         return support
 
     def cut(
