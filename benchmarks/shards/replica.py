@@ -48,7 +48,7 @@ from weightshare.training import EpochBatches, LoopConfig, Losses, Place, Task, 
 
 PRESETS = {
     "r1": {"blocks": 8, "width": 64, "inner": 192, "length": 64, "base": 450, "batch": 16},
-    "r2": {"blocks": 12, "width": 512, "inner": 1536, "length": 256, "base": 800, "batch": 32},
+    "r2": {"blocks": 12, "width": 512, "inner": 1536, "length": 256, "base": 500, "batch": 32},
 }
 RATES = {
     "r1": (5e-3, 1e-2, 2e-2, 4e-2),
