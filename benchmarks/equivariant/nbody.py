@@ -13,7 +13,6 @@ paired over trajectories and averaged over the seeds that both have.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from _table import Table
 
 from weightshare.data import locate
 from weightshare.equivariant import DynamicsTask, NBody, Ponita, make_nbody, symmetrise
-from weightshare.equivariant.dynamics import VECTORS, Rescaled, columns, sample_errors
+from weightshare.equivariant.dynamics import VECTORS, Even, Rescaled, columns, sample_errors
 from weightshare.equivariant.nbody import constant_velocity
 from weightshare.training import EpochBatches
 
@@ -49,18 +48,6 @@ charges flipped at random, and over both signs at test time; other units of leng
 decay."""
 ROTATIONS = 5
 """Test-time rotations that are averaged over."""
-
-
-class Even(torch.nn.Module):
-    """The mean over both signs of the charges, since no force can tell them apart."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor, charges: torch.Tensor, *rest: torch.Tensor, **more: Any):
-        one, other = (self.network(x, q, *rest, **more) for q in (charges, -charges))
-        return one._replace(vectors=(one.vectors + other.vectors) / 2)
 
 
 def load(path: str | None, quick: bool) -> dict[str, NBody]:

@@ -13,9 +13,10 @@ from weightshare.equivariant import (
     RotatedUpdate,
     make_nbody,
     random_rotations,
+    symmetrise,
 )
 from weightshare.equivariant.augment import turned
-from weightshare.equivariant.dynamics import VECTORS, Rescaled, columns, sample_errors
+from weightshare.equivariant.dynamics import VECTORS, Even, Rescaled, columns, sample_errors
 from weightshare.equivariant.nbody import initial_states, simulate
 from weightshare.equivariant.structures import Structure, collate
 from weightshare.errors import UserError
@@ -188,6 +189,9 @@ def test_conserved_momentum_and_flipped_charges_are_exact():
     assert close(said.mean(1), data["target"].mean(1), 1e-4)  # the simulation conserves it, too
     boosted = data | {"velocity": data["velocity"] + torch.tensor([0.3, -0.2, 0.1])}
     assert close(task.predict(boosted), said + 0.1 * torch.tensor([0.3, -0.2, 0.1]), 1e-5)
+    even = DynamicsTask(symmetrise(Even(task.network), 3), task.horizon)
+    assert close(even.predict(data), even.predict(data | {"charges": -data["charges"]}), 1e-6)
+    assert not close(said, task.predict(data | {"charges": -data["charges"]}), 1e-6)
     update = RotatedUpdate.from_config(task, LoopConfig(), vectors=VECTORS, signs=("charges",))
     torch.manual_seed(0)
     factor = update.prepare(data, 0)["charges"] / data["charges"]

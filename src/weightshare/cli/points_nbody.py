@@ -13,7 +13,7 @@ def nbody(config: "PointsConfig") -> None:
     from weightshare.cli.console import device_of, say, show_table
     from weightshare.cli.points_training import CHECKED, estimate, rounded, save, sizes, train
     from weightshare.equivariant import DynamicsTask, Ponita, figures, measure
-    from weightshare.equivariant.dynamics import VECTORS, columns, sample_errors
+    from weightshare.equivariant.dynamics import VECTORS, Even, columns, sample_errors
     from weightshare.equivariant.nbody import HORIZON, constant_velocity
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
@@ -65,10 +65,12 @@ def nbody(config: "PointsConfig") -> None:
         ]
         equivariance = measure.dynamics_equivariance(task, batch)
         if config.rotations > 1 and config.size("orientations"):
-            averaged = DynamicsTask(symmetrise(network, config.rotations), horizon)
+            even = Even(network) if config.signs else network
+            averaged = DynamicsTask(symmetrise(even, config.rotations), horizon)
+            signs = " and both signs" if config.signs else ""
             rows.append(
                 {
-                    "method": f"averaged over {config.rotations} rotations",
+                    "method": f"averaged over {config.rotations} rotations{signs}",
                     "test_mse": float(sample_errors(averaged, sets["test"]).mean()),
                 }
             )

@@ -61,7 +61,8 @@ class PointsConfig:
         clip: largest norm of the gradient.
         augment: rotate every training example at random.
         momentum: nbody: conserve momentum exactly (the published network learns it).
-        signs: nbody: flip all charges of half of the training examples; only products act.
+        signs: nbody: flip all charges of half of the training examples, and average the test over
+            both signs; only products act.
         scales: nbody: change the unit of length of every training example at random; for networks
             that learn the training set by heart.
         target: qm9: the property to learn: mu, alpha, homo, lumo, gap, r2, zpve, u0, u, h, g or

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.nbody import NBody
 from weightshare.training import EpochBatches, Losses, Task, Term, streams
 
@@ -45,6 +46,29 @@ class DynamicsTask(Task):
     def forward(self, batch: Any) -> Losses:
         error = (self.predict(batch) - batch["target"]).square()
         return {"mse": Term(error.sum(), error.numel())}
+
+
+class Even(nn.Module):
+    """The mean of a network over both signs of its scalars: of charges only products act, so that
+    flipping all of them must change nothing. For testing, like ``symmetrise`` and together with it:
+    ``symmetrise(Even(network))``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        positions: Tensor,
+        scalars: Tensor,
+        vectors: Tensor,
+        tensors: None = None,
+        **options: Any,
+    ) -> Readout:
+        ahead, behind = (
+            self.network(positions, sign * scalars, vectors, tensors, **options) for sign in (1, -1)
+        )
+        return Readout(*((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
 
 
 class Rescaled:
