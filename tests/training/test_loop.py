@@ -245,6 +245,25 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_is_passed_on(run, number
     assert bytes_of(resumed) == bytes_of(whole)
 
 
+def test_a_signal_that_the_process_ignores_stops_nothing(run):
+    """As SIGINT is in a shell's background job: it once ended the loop and was then lost."""
+
+    class Signal(StopAt):
+        def __getitem__(self, step):
+            if step == self.step:
+                signal.raise_signal(signal.SIGINT)
+            return self.batches[step]
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loop = make(run, batches=Signal(EpochBatches(tokens(40), 8, 0), 8))
+        fit = loop.fit()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert fit.step == loop.config.steps
+
+
 def test_a_real_run_directory_resumes_to_the_same_metrics(tmp_path):
     def train(folder, stop=None, resume=False):
         with Run.open(folder, LoopConfig(), resume=resume) as run:

@@ -9,7 +9,8 @@ class Interrupt:
     """Inside, the first SIGINT or SIGTERM is only noted; at the exit it is raised again.
 
     A loop asks ``noted`` between steps, writes its checkpoint and leaves; the process then meets
-    the signal as if it had come at that moment. A second signal acts at once. Outside the main
+    the signal as if it had come at that moment. A second signal acts at once. A signal that the
+    process ignores (a shell's job in the background ignores SIGINT) stays ignored. Outside the main
     thread nothing is changed (Python delivers no signals there).
     """
 
@@ -21,8 +22,9 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-            for number in self.SIGNALS:
+            handlers = {number: signal.getsignal(number) for number in self.SIGNALS}
+            self._before = {n: h for n, h in handlers.items() if h is not signal.SIG_IGN}
+            for number in self._before:
                 signal.signal(number, self._note)
         return self
 
