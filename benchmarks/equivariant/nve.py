@@ -57,10 +57,11 @@ class Motion:
         self.mass = mass.to(x).unsqueeze(-1)
         said = potential(numbers, self.x)
         self.energy, self.pull = said.energy.clone(), said.forces.clone()
+        self.hardest = self.strongest()
         self.stream = torch.cuda.Stream() if x.is_cuda else None
 
     def state(self) -> list[Tensor]:
-        return [self.x, self.v, self.energy, self.pull]
+        return [self.x, self.v, self.energy, self.pull, self.hardest]
 
     def put(self, state: Sequence[Tensor]) -> None:
         for tensor, other in zip(self.state(), state, strict=True):
@@ -72,7 +73,13 @@ class Motion:
         said = self.potential(self.numbers, self.x)
         self.energy.copy_(said.energy)
         self.pull.copy_(said.forces)
+        self.hardest.copy_(torch.maximum(self.hardest, self.strongest()))
         self.v.add_(self.h / 2 * self.pull / self.mass)
+
+    def strongest(self) -> Tensor:
+        """Largest force on an atom of each molecule, eV/Å: far above what such a molecule feels
+        where it has come to a place that the potential does not know."""
+        return self.pull.norm(dim=-1).amax(-1)
 
     def total(self) -> Tensor:
         """Energy of each molecule in eV."""
@@ -138,7 +145,7 @@ def simulate(
                 return
 
 
-def drift(energies: np.ndarray, picoseconds: float) -> dict:
+def drift(energies: np.ndarray, hardest: list[float], picoseconds: float) -> dict:
     found: dict = {"finite": bool(np.isfinite(energies).all())}
     for row, fs in enumerate(STEPS):
         t = np.arange(len(energies)) * EVERY * fs / 1000
@@ -147,6 +154,7 @@ def drift(energies: np.ndarray, picoseconds: float) -> dict:
         slopes, offsets = np.polyfit(t[part], e, 1)
         over = spread(slopes.tolist())
         about = e - (t[part, None] * slopes + offsets)
+        found[f"largest_force_{fs}"] = hardest[row * STARTS : (row + 1) * STARTS]
         found[f"drifts_{fs}"], found[f"fluctuations_{fs}"] = slopes.tolist(), about.std(0).tolist()
         found |= {
             f"drift_{fs}_mev_atom_ps": over["mean"], f"half_width_{fs}": over["half_width"],
@@ -222,10 +230,10 @@ def main() -> None:
     totals = go_on(state, motions)
     for each in simulate(motions, totals, rounds, table.end):
         keep(state, motions, totals)
-        for name, kept, figures in zip(names, totals, about, strict=True):
-            energies = 1000 * torch.stack(kept).cpu().numpy() / motions[0].x.shape[1]
+        for name, motion, kept, figures in zip(names, motions, totals, about, strict=True):
+            energies = 1000 * torch.stack(kept).cpu().numpy() / motion.x.shape[1]
             figures["ms_per_step_of_all"] = each
-            table.rows[name] = {**drift(energies, length), **figures}
+            table.rows[name] = {**drift(energies, motion.hardest.tolist(), length), **figures}
         table.write()
         print(f"{len(totals[0])} of {rounds} energies", file=sys.stderr, flush=True)
     if len(totals[0]) == rounds:
