@@ -24,6 +24,7 @@ def qm9(config: "PointsConfig") -> None:
     device = device_of(config.device)
     if config.target not in TARGETS:
         raise UserError(f"--target is {config.target!r}; give one of {', '.join(TARGETS)}.")
+    say("reading QM9")
     molecules, unit = load_qm9(), UNITS[config.target]
     rows = split(molecules, config)
     most = int(np.diff(molecules.start).max())
