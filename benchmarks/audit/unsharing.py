@@ -7,7 +7,7 @@ weights have been trained before.
 
     audit (adam)        most predicted gain within the budget, in Adam's metric
     audit (plain)       the same in the plain metric
-    trial               most credit within the budget after trials of 50 steps that train all uses
+    trial               most credit within the budget after a trial of 50 steps that trains all uses
                         apart (weightshare.audit.apart)
     lowest cosine       low-rank deltas where uses agree least
     random              tensors, kinds and groups at random
@@ -74,8 +74,8 @@ QUICK = {"cure": 10, "spend": 5, "probe": 3, "trial": 3}
 RATES = {"tiny": 2e-3, "stories260K": 2e-3, "babyllama105": 1e-3}
 """Learning rates: the best of 1e-3, 2e-3 and 4e-3 without unsharing. At a lower one most of what a
 delta gains is that it moves faster than the weight it is added to."""
-RANKS = (2, 8)
-KINDS = [("scale", 0), ("unshare", 0), *(("low_rank", rank) for rank in RANKS)]
+RANKS = (2, 8, 32)
+KINDS = [("unshare", 0), *(("low_rank", rank) for rank in RANKS)]
 LENGTH = 128
 
 
@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models whose name begins so")
     parser.add_argument("--moment", choices=(*MOMENTS, "both"), default="both")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the saved parameters")
-    parser.add_argument("--ways", default="", help="only these ways to spend, comma separated")
+    parser.add_argument(
+        "--ways", default="", help="only these, separated by semicolons"
+    )
     parser.add_argument("--no-clause", action="store_true", help="without the honesty clause")
     parser.add_argument("--capture", action="store_true", help="training steps as CUDA graphs")
     table = Table("audit_unsharing", __doc__, parser)
@@ -108,7 +110,7 @@ def main() -> None:
         for seed in (SEEDS[:1] if table.quick else SEEDS)
         for case in cases
     ]
-    ways = options.ways.split(",") if options.ways else list(WAYS)
+    ways = options.ways.split(";") if options.ways else list(WAYS)
     for number, setting in enumerate(settings, start=1):
         for way in ways:
             table.row(f"{setting}: {way}", lambda s=setting, w=way: s.spent(w), number)
@@ -239,7 +241,6 @@ class Setting:
             self.audited,
             language_loss,
             [f.layer for f in self.found.findings],
-            rank=8,
             learning_rate=RATES[self.name],
             seed=self.seed,
         )
@@ -251,8 +252,9 @@ class Setting:
         return self.apart.predict(
             [
                 Unsharing(kind, layer, mine, rank)
+                for layer, mine in groups.items()
+                if mine is not None
                 for kind, rank in KINDS
-                for layer, mine in groups[kind].items()
             ]
         )
 
@@ -413,7 +415,7 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
     "audit (adam)": lambda s: s.buy(s.adam),
-    "audit (adam; near)": lambda s: s.buy(map(near, s.adam)),
+    "audit (adam, near)": lambda s: s.buy(map(near, s.adam)),
     "audit (plain)": lambda s: s.buy(s.plain),
     "trial": lambda s: s.buy(s.tried),
 }

@@ -106,7 +106,7 @@ def audit(
             and eight forward and backward passes for each of the layers' three unsharings.
         trial: batches, not among ``batches``, of a trial that trains every use apart, one step
             each; suggestions then come from it (:class:`~weightshare.audit.Apart`) and ``metric``
-            is not used. Four trainings of so many steps, in the memory of one with nothing shared.
+            is not used. Costs the memory of training the model with nothing shared.
         learning_rate: of the trial.
         draws: permutations of the null that says whether users disagree beyond chance.
         progress: told what is being done.
@@ -159,8 +159,9 @@ def audit(
         findings = opposed_first(findings)
         advice, apart = [], None
         if suggestions and trial:
-            options: Any = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
-            apart = Apart(inner, trial, batches[:used], loss, layers, progress=progress, **options)
+            progress(f"training every use apart for {len(trial)} steps")
+            options: Any = {"learning_rate": learning_rate, "seed": seed}
+            apart = Apart(inner, trial, batches[:used], loss, layers, **options)
             advice = suggest_apart(apart, findings, groups=groups, rank=rank)
         elif suggestions:
             options = {"rank": rank, "metric": metric, "reduce": reduce, "progress": progress}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weightshare.audit.suggest import Suggestion
@@ -23,8 +24,8 @@ def unshare_folded(model: Any, suggestion: Suggestion | Unsharing, seed: int = 0
     """Carry a suggestion out on a folded model, in place, and return its new plan."""
     from weightshare.folding.share import replan
 
-    plan, rows = _planned(model, plan_of(model), suggestion)
-    replan(model, plan, rows, seed)
+    plan, rows = _planned(model, plan_of(model), suggestion, seed)
+    replan(model, plan, rows)
     return plan
 
 
@@ -51,7 +52,7 @@ def unshared_plan(model: Any, *suggestions: Suggestion | Unsharing) -> FoldPlan:
 
 
 def _planned(
-    model: Any, plan: FoldPlan, suggestion: Suggestion | Unsharing
+    model: Any, plan: FoldPlan, suggestion: Suggestion | Unsharing, seed: int = 0
 ) -> tuple[FoldPlan, dict[Delta, Tensor]]:
     """The next plan, and the row spaces that its new low-rank deltas start with."""
     unsharing = suggestion.unsharing if isinstance(suggestion, Suggestion) else suggestion
@@ -60,6 +61,7 @@ def _planned(
         return plan, {}
     if unsharing.kind == "unshare" and (split := _parts_of_a_group(model, plan, unsharing)):
         return _split(plan, split), {}
+    generator = torch.Generator().manual_seed(seed)
     deltas = list(plan.deltas)
     rows: dict[Delta, Tensor] = {}
     for name, users in unsharing.layer.tensors.items():
@@ -73,8 +75,9 @@ def _planned(
             for number in sorted(set(parts) - {0}):
                 new = Delta(parameter, parts[number], kind, rank)
                 deltas = [*_room_for(new, deltas), new]
-                if f"{name}@{number}" in bases:
-                    rows[new] = bases[f"{name}@{number}"]
+                if rank:
+                    drawn = torch.randn(rank, weight[0].numel(), generator=generator)
+                    rows[new] = bases.get(f"{name}@{number}", drawn)
     return replace(plan, deltas=tuple(without_empty_groups(deltas, plan.groups))), rows
 
 

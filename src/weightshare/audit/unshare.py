@@ -106,14 +106,14 @@ class Scaled(nn.Module):
 class LowRank(nn.Module):
     """``weight + B A``; B is zero at first, A spans where the groups were seen to disagree.
 
-    A's entries are one in root mean square, so that a step of Adam on B moves the weight about as
-    far as one on the weight itself.
+    A's entries are 1 / √rank in root mean square, so that a step of Adam on B moves the weight
+    about as far as one on the weight itself: larger ones along large activations went too far.
     """
 
     def __init__(self, weight: Tensor, rows: Tensor) -> None:
         super().__init__()
-        rms = rows.square().mean().sqrt()
-        self.a = nn.Parameter((rows / rms).to(weight).contiguous())
+        size = len(rows) ** 0.5 * rows.square().mean().sqrt()
+        self.a = nn.Parameter((rows / size).to(weight).contiguous())
         self.b = nn.Parameter(weight.new_zeros(len(weight), len(rows)))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -158,14 +158,18 @@ def check_targets(model: PreTrainedModel, plan: FoldPlan) -> None:
 
 @torch.no_grad()
 def start(module: Any, rows: Tensor | None, generator: torch.Generator) -> None:
-    """Values of a new delta with which a step of Adam moves the weight about as far as its own."""
+    """Values of a new delta with which a step of Adam moves the weight about as far as its own.
+
+    A given row space counts as one whatever its rank: it may lie where activations are large.
+    """
     if module.kind == "scale":
         rms = module.weight.float().square().mean().sqrt()
         module.delta_unit.copy_(1 / rms if rms > 0 else 1.0)
         return
+    size = 1.0 if rows is None else len(rows) ** -0.5
     if rows is None:
         rows = torch.randn(module.delta_a.shape, generator=generator)
-    module.delta_a.copy_(rows / rows.square().mean().sqrt())
+    module.delta_a.copy_(size * rows / rows.square().mean().sqrt())
 
 
 def unfold(model: PreTrainedModel) -> PreTrainedModel:
