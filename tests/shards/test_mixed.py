@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards.shard_models import LINEARS, adapted
+from shards.shard_models import LINEARS, adapted, pools
 from small_models import make, tokens
 
 from weightshare.shards import MosConfig
-from weightshare.shards.batched import _batched, _looped, add_updates
+from weightshare.shards.batched import UserFactors, _batched, _looped, add_updates
 
 
 def three():
@@ -83,10 +83,11 @@ def test_unknown_adapters_and_wrong_lengths_are_refused():
 def test_the_batched_path_is_the_loop_over_users(ranks, users, dtype, seed):
     torch.manual_seed(seed)
     users = [user if user < len(ranks) else -1 for user in users]
-    factors = [
+    each = [
         (torch.randn(r, 12, dtype=dtype), torch.randn(r, 7, dtype=dtype), 0.5 + i)
         for i, r in enumerate(ranks)
     ]
+    factors = UserFactors(each)
     x = torch.randn(len(users), 3, 12, dtype=dtype)
     y = torch.randn(len(users), 3, 7, dtype=dtype)
     looped = _looped(y, x, users, factors)
@@ -99,9 +100,22 @@ def test_the_batched_path_is_the_loop_over_users(ranks, users, dtype, seed):
     for row, user in enumerate(users):
         want = y[row]
         if user >= 0:
-            a, b, scale = (m.double() if torch.is_tensor(m) else m for m in factors[user])
+            a, b, scale = (m.double() if torch.is_tensor(m) else m for m in each[user])
             want = y[row] + scale * (x[row].double() @ a.t() @ b)
             error = (chosen[row].double() - want).abs().max()
             assert error <= 20 * tolerance * max(1.0, float(want.abs().max()) / 8)
         else:
             assert torch.equal(chosen[row], want)
+
+
+@torch.no_grad()
+def test_kept_stacks_of_users_follow_a_change_of_any_pool():
+    names, x, model = ["default", "b", "c", "b"], tokens(4), three()
+    with model.base_model.assembled():
+        first = model(x, adapter_names=names).logits
+        assert torch.equal(model(x, adapter_names=names).logits, first)
+        for pool in pools(model, "b").values():
+            pool.mul_(0.5)
+        second = model(x, adapter_names=names).logits
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    assert torch.equal(model(x, adapter_names=names).logits, second)

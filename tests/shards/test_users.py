@@ -103,6 +103,18 @@ def test_rows_of_a_mixed_batch_are_those_of_each_user_alone():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_kept_stacks_of_users_follow_a_change_of_the_lender():
+    model, x, names = community(), tokens(3), ["ann", "bob", "ann"]
+    with model.base_model.assembled("ann", "bob"):
+        first = model(x, adapter_names=names).logits
+        for pool in pools(model).values():
+            pool.mul_(0.5)
+        second = model(x, adapter_names=names).logits
+    assert not torch.equal(first, second)
+    assert torch.equal(model(x, adapter_names=names).logits, second)
+
+
 def test_a_user_s_file_holds_its_own_part_and_needs_the_lender(tmp_path):
     x = tokens(2)
     model = community()

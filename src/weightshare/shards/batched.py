@@ -1,7 +1,7 @@
 """One batch, many users: each row with its own low-rank update."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -10,15 +10,30 @@ Factors = tuple[Tensor, Tensor, float]
 """A (r, h), B transposed (r, o), scale."""
 
 
-def add_updates(
-    result: Tensor, x: Tensor, users: Sequence[int], factors: Sequence[Factors]
-) -> Tensor:
+class UserFactors:
+    """The factors of every user at one module. Ranks may differ."""
+
+    def __init__(self, users: Sequence[Factors]) -> None:
+        self.users = users
+
+    @cached_property
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """A (users, r, h) and B times its scale (users, r, o), padded to the largest rank."""
+        rank = max(a.shape[0] for a, _, _ in self.users)
+        # The scale goes into B: a product more per row would be a kernel more.
+        return (
+            torch.stack([_padded(a, rank) for a, _, _ in self.users]),
+            torch.stack([_padded(b * scale, rank) for _, b, scale in self.users]),
+        )
+
+
+def add_updates(result: Tensor, x: Tensor, users: Sequence[int], factors: UserFactors) -> Tensor:
     r""":math:`y_i + s_u B_u A_u x_i` for row i of user u; rows of user -1 stay bit for bit.
 
-    ``result`` (batch, ..., o), ``x`` (batch, ..., h), ``users`` one number a row. Ranks may differ
-    between users. Where many users have few rows each, or rows are long, their factors are padded
-    to one rank and multiplied in one batched product, which copies the factors once a row;
-    otherwise a loop over users reads each factor once.
+    ``result`` (batch, ..., o), ``x`` (batch, ..., h), ``users`` one number a row. Where many users
+    have few rows each, or rows are long, their factors are padded to one rank and multiplied in one
+    batched product, which copies the factors once a row; otherwise a loop over users reads each
+    factor once.
 
     The updates are computed in the type of ``x`` with the accumulation of its matrix products.
     """
@@ -27,15 +42,16 @@ def add_updates(
         return result
     # Even a single user per row pays for the copies of a stack only where there are several. In a
     # row longer than the rank the copy of a factor is smaller than the row itself.
-    long = x[0].numel() > max(a.numel() for a, _, _ in factors)
-    if len(factors) > 2 and (long or len(adapted) <= 2 * len(factors)):
+    count = len(factors.users)
+    long = x[0].numel() > max(a.numel() for a, _, _ in factors.users)
+    if count > 2 and (long or len(adapted) <= 2 * count):
         return _batched(result, x, [users[row] for row in adapted], adapted, factors)
     return _looped(result, x, users, factors)
 
 
-def _looped(result: Tensor, x: Tensor, users: Sequence[int], factors: Sequence[Factors]) -> Tensor:
+def _looped(result: Tensor, x: Tensor, users: Sequence[int], factors: UserFactors) -> Tensor:
     result = result.clone()
-    for user, (a, b, scale) in enumerate(factors):
+    for user, (a, b, scale) in enumerate(factors.users):
         rows = [row for row, of in enumerate(users) if of == user]
         if rows:
             where = _places(tuple(rows), x.device)
@@ -45,24 +61,22 @@ def _looped(result: Tensor, x: Tensor, users: Sequence[int], factors: Sequence[F
 
 
 def _batched(
-    result: Tensor,
-    x: Tensor,
-    users: Sequence[int],
-    rows: Sequence[int],
-    factors: Sequence[Factors],
+    result: Tensor, x: Tensor, users: Sequence[int], rows: Sequence[int], factors: UserFactors
 ) -> Tensor:
-    rank = max(a.shape[0] for a, _, _ in factors)
-    stack_a = torch.stack([_padded(a, rank) for a, _, _ in factors])
-    # The scale goes into B: a product more per row would be a kernel more.
-    stack_b = torch.stack([_padded(b * scale, rank) for _, b, scale in factors])
-    of, where = _places(tuple(users), x.device), _places(tuple(rows), x.device)
-    chosen = x.index_select(0, where)
+    every = len(rows) == len(x)
+    where = None if every else _places(tuple(rows), x.device)
+    chosen = x if where is None else x.index_select(0, where)
+    stack_a, stack_b = factors.stacked
+    if list(users) != list(range(len(factors.users))):
+        of = _places(tuple(users), x.device)
+        stack_a, stack_b = stack_a.index_select(0, of), stack_b.index_select(0, of)
     flat = chosen.reshape(len(rows), -1, x.shape[-1])
-    hidden = torch.bmm(flat, stack_a.index_select(0, of).transpose(1, 2))
-    update = torch.bmm(hidden, stack_b.index_select(0, of))
-    update = update.view(*chosen.shape[:-1], -1)
+    update = torch.bmm(torch.bmm(flat, stack_a.transpose(1, 2)), stack_b)
+    update = update.view(*chosen.shape[:-1], -1).to(result.dtype)
+    if where is None:
+        return result + update
     result = result.clone()
-    result[where] = result[where] + update.to(result.dtype)
+    result[where] = result[where] + update
     return result
 
 

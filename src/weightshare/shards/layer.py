@@ -16,7 +16,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weightshare.shards.batched import add_updates
+from weightshare.shards.batched import UserFactors, add_updates
 from weightshare.shards.store import PoolStore
 
 BASE = "__base__"
@@ -202,15 +202,23 @@ class MosLinear(nn.Module, MosLayer):
     def _mixed(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         """Each row of the batch with its own adapter."""
         dtype = compute_dtype(x)
-        names = [n for n in dict.fromkeys(adapter_names) if n != BASE and n in self.mos_places]
+        names = tuple(n for n in dict.fromkeys(adapter_names) if n != BASE and n in self.mos_places)
         users = [names.index(name) if name in names else -1 for name in adapter_names]
+        factors = self._store.kept(
+            (self, names, dtype), names, lambda: self._user_factors(names, dtype, x.device)
+        )
+        return add_updates(result, x.to(dtype), users, factors)
+
+    def _user_factors(
+        self, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    ) -> UserFactors:
         factors = []
         for name in names:
             a, b = self.factors(name, dtype)
             if (scale := self.row_scale(name)) is not None:
                 a = a * scale.unsqueeze(1).to(a)
-            factors.append((a.to(x.device), b.to(x.device), self.mos_places[name].scaling))
-        return add_updates(result, x.to(dtype), users, factors)
+            factors.append((a.to(device), b.to(device), self.mos_places[name].scaling))
+        return UserFactors(factors)
 
     def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

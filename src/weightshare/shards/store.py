@@ -1,14 +1,15 @@
 """The pools of a model and what is gathered from them: what the tuner and its layers share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from weightshare.shards.gather import Table, gather_all, gather_one
 
+Made = TypeVar("Made")
 Versions = tuple[int, ...]
 Rows = dict[tuple[str, str], tuple[tuple[Tensor, ...], Versions]]
 """By adapter and pool: shards of every module, and the pools' versions they were gathered from."""
@@ -26,6 +27,8 @@ class PoolStore:
     recomputes the modules when the forward pass is long over. Not for its reentrant kind, which
     runs a backward pass of its own for each part and would walk through the common gather each
     time.
+
+    Without gradients, what modules make of gathered shards is kept as long as these are.
     """
 
     def __init__(self, pools: nn.ModuleDict) -> None:
@@ -34,11 +37,14 @@ class PoolStore:
         self.lenders: dict[str, str] = {}
         self._rows: Rows | None = None
         self._kept: Rows = {}
+        self._made: dict[Hashable, tuple[int, Any]] = {}
+        self._gathered: frozenset[str] = frozenset()
+        self._watched: list[Tensor] = []
         self._reentrant = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Intermediate results can be neither copied nor pickled.
-        return self.__dict__ | {"_rows": None, "_kept": {}}
+        return self.__dict__ | {"_rows": None, "_kept": {}, "_made": {}, "_watched": []}
 
     def pool(self, adapter: str, key: str) -> Tensor:
         """What an adapter has of its own in a pool, (rows, width)."""
@@ -53,7 +59,7 @@ class PoolStore:
 
     def forget(self, adapter: str | None = None) -> None:
         """Build the tables again at their next use."""
-        self._kept = {}
+        self._kept, self._made = {}, {}
         for name, tables in self.tables.items():
             if adapter in (None, name):
                 for table in tables.values():
@@ -63,7 +69,7 @@ class PoolStore:
         """Drop an adapter's pools and tables."""
         self.tables.pop(adapter, None)
         self.lenders.pop(adapter, None)
-        self._kept = {}
+        self._kept, self._made = {}, {}
         if adapter in self.pools:
             del self.pools[adapter]
 
@@ -74,6 +80,7 @@ class PoolStore:
             yield
             return
         self._kept, self._reentrant = {}, False
+        adapters = [adapter for adapter in adapters if adapter in self.pools]
         rows: Rows = {}
         for adapter in adapters:
             for key, table in self.tables.get(adapter, {}).items():
@@ -82,10 +89,13 @@ class PoolStore:
                 parts = gather_all(pool, table.prepare(pool.device), dtype)
                 rows[adapter, key] = parts, _versions(pools)
         self._rows = rows
+        self._gathered = frozenset(adapters)
+        sources = self._gathered | {self.lenders[a] for a in adapters if a in self.lenders}
+        self._watched = [pool for name in sources for pool in self.pools[name].parameters()]
         try:
             yield
         finally:
-            self._rows = None
+            self._rows, self._made = None, {}
             if torch.is_grad_enabled() and not self._reentrant:
                 self._kept = rows
 
@@ -112,6 +122,18 @@ class PoolStore:
             assert table.scale is not None
             scale = table.scale[table.span(member)]
         return gather_one(pool, index.to(pool.device), dtype, scale)
+
+    def kept(self, key: Hashable, adapters: Iterable[str], make: Callable[[], Made]) -> Made:
+        """``make()``, once for all forward passes without gradients that one gather serves, until a
+        pool of the adapters' changes."""
+        if self._rows is None or torch.is_grad_enabled() or not self._gathered.issuperset(adapters):
+            return make()
+        version = sum(pool._version for pool in self._watched)
+        found = self._made.get(key)
+        if found is None or found[0] != version:
+            found = self._made[key] = version, make()
+        made: Made = found[1]
+        return made
 
 
 def _whole(pools: tuple[Tensor, ...]) -> Tensor:
