@@ -84,10 +84,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="models whose name begins so")
     parser.add_argument("--moment", choices=(*MOMENTS, "both"), default="both")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--budget", type=float, default=0.1, help="share of the saved parameters")
-    parser.add_argument(
-        "--ways", default="", help="only these, separated by semicolons"
-    )
+    parser.add_argument("--ways", default="", help="only these, separated by semicolons")
     parser.add_argument("--no-clause", action="store_true", help="without the honesty clause")
     parser.add_argument("--capture", action="store_true", help="training steps as CUDA graphs")
     table = Table("audit_unsharing", __doc__, parser)
@@ -107,7 +106,7 @@ def main() -> None:
     settings = [
         Setting(*case, moment, seed, options)
         for moment in moments
-        for seed in (SEEDS[:1] if table.quick else SEEDS)
+        for seed in (SEEDS[:1] if table.quick else options.seeds)
         for case in cases
     ]
     ways = options.ways.split(";") if options.ways else list(WAYS)
@@ -383,15 +382,23 @@ class Setting:
         """Take unsharings of the blocks in order while they fit, each tensor once."""
         chosen, left, taken = [], self.budget, set()
         for unsharing in unsharings:
-            cost = unsharing.added(self.model)
-            if unsharing.layer not in taken and in_block(unsharing) and cost <= left:
-                chosen.append(unsharing)
-                taken.add(unsharing.layer)
-                left -= cost
+            if unsharing.layer not in taken and in_block(unsharing):
+                cost = self.cost([unsharing])
+                if cost <= left:
+                    chosen.append(unsharing)
+                    taken.add(unsharing.layer)
+                    left -= cost
         return chosen
 
     def cost(self, unsharings):
-        return sum(unsharing.added(self.model) for unsharing in unsharings)
+        for unsharing in unsharings:
+            if unsharing not in self.costs:
+                self.costs[unsharing] = unsharing.added(self.model)
+        return sum(self.costs[unsharing] for unsharing in unsharings)
+
+    @cached_property
+    def costs(self):
+        return {}
 
     def buy(self, suggestions):
         return spend([s for s in suggestions if in_block(s.unsharing)], self.budget)
