@@ -58,15 +58,15 @@ def test_the_run_directory_is_complete(finished):
 
 @pytest.mark.parametrize(
     "strategy",
-    ["fedavg", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "foolsgold",
-     "fltrust", "reference", "cgsv", "robust"],
+    ["fedavg", "qfedavg", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median",
+     "foolsgold", "fltrust", "reference", "cgsv", "robust", "examined"],
 )  # fmt: skip
 def test_every_strategy_trains_and_resumes_to_the_same_bytes(strategy, tmp_path):
-    root = ["--root-samples", 20] if strategy == "fltrust" else []
+    root = ["--root-samples", 20] if strategy in ("fltrust", "examined") else []
     options = [*QUICK, "--strategy", strategy, "--attack", "free_rider", "--adversaries", 1, *root]
     assert federate(tmp_path / "whole", *options, "--checkpoint-every", 2) == 0
     facts = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    if strategy not in ("reference", "cgsv", "robust"):
+    if strategy not in ("reference", "cgsv", "robust", "examined"):
         assert facts["fairness"] is None and facts["fairness_reason"]
     if strategy in ("foolsgold", "robust"):
         # Continue from the checkpoint in the middle, as if the rest had never been.

@@ -14,6 +14,7 @@ from weightshare.federated.rules import (
     FLTrust,
     FoolsGold,
     GeometricMedian,
+    SingleQFedAvg,
     fltrust,
     foolsgold_weights,
     geometric_median,
@@ -125,3 +126,25 @@ def test_the_trusted_update_is_trained_along_and_is_what_it_would_be_alone():
     np.testing.assert_array_equal(along.update(other, 3), -other / 2)
     np.testing.assert_array_equal(along.update(server, 4), -server / 2)
     assert learner.asked[1:] == [["root"], ["root"]]
+
+
+def test_q_is_nought_is_averaging_and_more_of_it_weighs_losses():
+    names, losses = ["p1", "p2"], {"p1": 0.5, "p2": 4.0}
+    steps = {"p1": np.float32([1, 0]), "p2": np.float32([0, 1])}
+
+    class Fixed:
+        def train(self, starts, number):
+            return {name: start + steps[name] for name, start in starts.items()}
+
+    def weights(q):
+        cohort = Cohort(Fixed(), 2, dict.fromkeys(names, 1), loss=lambda name, _: losses[name])
+        grid = InProcessGrid(names, cohort.answer)
+        start = ArrayRecord({"weights": wire.array(np.zeros(2, np.float32))})
+        strategy = SingleQFedAvg(1.0, q, fraction_evaluate=0.0)
+        found = run_rounds(strategy, grid, start, 1)["weights"].numpy()
+        assert found.dtype == np.float32
+        return found
+
+    np.testing.assert_allclose(weights(0.0), [0.5, 0.5], rtol=1e-6)
+    less, more = weights(1.0)
+    assert more > 2 * less  # the update of who is worse off counts for more

@@ -221,6 +221,7 @@ class FederateConfig:
         "robust",
         "examined",
         "fedavg",
+        "qfedavg",
         "median",
         "trimmed_mean",
         "krum",

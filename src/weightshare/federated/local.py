@@ -15,7 +15,16 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from weightshare.errors import UserError
 from weightshare.federated.config import LocalConfig
 from weightshare.federated.vectors import Vector
-from weightshare.training import EpochBatches, GradientUpdate, Loop, LoopConfig, Losses, Task, Term
+from weightshare.training import (
+    EpochBatches,
+    GradientUpdate,
+    Loop,
+    LoopConfig,
+    Losses,
+    Task,
+    Term,
+    total,
+)
 from weightshare.training.randomness import mix
 
 Examples = tuple[Tensor, Tensor]
@@ -148,6 +157,13 @@ class LoopTraining:
         with suppress(UserError):
             Loop(update, batches, options, progress=False).fit()
         return self.weights.read()
+
+
+def loss_of(task: Task, vector: Vector, data: Examples) -> float:
+    """Of the task with these weights on all of ``data``."""
+    set_weights(task, vector)
+    with torch.no_grad():
+        return float(total(task(data)))
 
 
 def accuracies(

@@ -30,6 +30,8 @@ class Material:
     adversaries: list[str]
     measure: Callable[[Mapping[str, Vector]], dict[str, dict[str, float]]]
     """``{"accuracy": ...}`` and more of each model on test data."""
+    loss: Callable[[str, Vector], float]
+    """Of a model on the training samples of a participant."""
     tested: int
     """Samples that are tested on."""
     flip: tuple[int, int] = (1, 7)

@@ -108,11 +108,12 @@ def client_app(
     return app
 
 
-def _plain_answer(weights: Vector, examples: float) -> RecordDict:
+def _plain_answer(weights: Vector, examples: float, loss: float | None = None) -> RecordDict:
+    metrics = {"num-examples": float(examples)} | ({} if loss is None else {"train_loss": loss})
     return RecordDict(
         {
             "arrays": ArrayRecord({"weights": wire.array(weights)}),
-            "metrics": MetricRecord({"num-examples": float(examples)}),
+            "metrics": MetricRecord(metrics),
         }
     )
 
@@ -157,6 +158,8 @@ class Cohort:
         examples: samples of each participant, by name.
         attacks: of the adversaries, by name.
         seed: of what adversaries draw.
+        loss: of (name, weights) on the participant's own samples, where a strategy of Flower's asks
+            for it.
     """
 
     training: Training
@@ -164,6 +167,7 @@ class Cohort:
     examples: Mapping[str, int]
     attacks: Mapping[str, Attack] = field(default_factory=dict)
     seed: int = 0
+    loss: Callable[[str, Vector], float] | None = None
     memories: dict[str, Memory] = field(default_factory=dict)
 
     def answer(self, deliveries: Sequence[tuple[str, Message]]) -> Iterable[tuple[str, Reply]]:
@@ -219,7 +223,8 @@ class Cohort:
                 update = attack.transform(update, self._situation(name, number, honest, memory))
             examples *= attack.claims
         if message.metadata.message_type == wire.PLAIN:
-            return Message(_plain_answer(starts[name] + update, examples), reply_to=message)
+            loss = self.loss(name, starts[name]) if self.loss else None
+            return Message(_plain_answer(starts[name] + update, examples, loss), reply_to=message)
         memory.sent = update
         check = message.content["round"]["checksum"]
         return Message(wire.answer(update, number, check), reply_to=message)

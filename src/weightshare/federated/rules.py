@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, QFedAvg
 from numpy.typing import NDArray
 
 from weightshare.federated import wire
@@ -169,3 +169,16 @@ class FLTrust(UpdateStrategy):
 
     def combine(self, updates: Mapping[int, Vector], server_round: int) -> Vector:
         return fltrust(list(updates.values()), self.root(self._weights, server_round))
+
+
+class SingleQFedAvg(QFedAvg):
+    """Flower's q-FedAvg, whose weights come in double precision, in that of the participants."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is not None:
+            weights = arrays["weights"].numpy().astype(np.float32)
+            arrays = ArrayRecord({"weights": wire.array(weights)})
+        return arrays, metrics

@@ -35,6 +35,7 @@ from weightshare.federated.local import (
     accuracies,
     confusion,
     layer_sizes,
+    loss_of,
     weights_of,
 )
 from weightshare.federated.material import ROOT, Material
@@ -42,7 +43,7 @@ from weightshare.federated.models import model_for
 from weightshare.federated.participant import Cohort, Memory
 from weightshare.federated.partitions import deal
 from weightshare.federated.root import RootAlong
-from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian
+from weightshare.federated.rules import FLTrust, FoolsGold, GeometricMedian, SingleQFedAvg
 from weightshare.federated.samples import Samples
 from weightshare.federated.stacked import StackedTraining
 from weightshare.federated.strategy import ReputationStrategy
@@ -262,6 +263,7 @@ def simulate(
         measure=lambda vectors: accuracies(
             task.model, vectors, test, flip, device_of(config.device)
         ),
+        loss=lambda name, vector: loss_of(task, vector, data[name]),
         tested=len(test[1]),
         flip=flip,
         passes=lambda vector: worst_class(task.model, vector, trusted) <= LIMIT,
@@ -282,6 +284,7 @@ def assemble(
         material.examples,
         dict.fromkeys(material.adversaries, attack) if attack else {},
         seed=config.seed,
+        loss=material.loss if config.strategy == "qfedavg" else None,
     )
     strategy = make_strategy(
         config,
@@ -345,6 +348,8 @@ def make_strategy(
     }
     if config.strategy == "fedavg":
         return FedAvg(**options)
+    if config.strategy == "qfedavg":
+        return SingleQFedAvg(config.rate(), **options)
     if config.strategy == "median":
         return FedMedian(**options)
     if config.strategy == "trimmed_mean":

@@ -70,6 +70,10 @@ def simulate_texts(
             found[name] = next_token_scores(model, dealt.test)
         return found
 
+    def loss(name: str, vector: Vector) -> float:
+        adapter.write(vector)
+        return next_token_scores(model, moved[name])["loss"]
+
     material = Material(
         task=task,
         initial=adapter.read(),
@@ -79,6 +83,7 @@ def simulate_texts(
         honest=list(dealt.honest),
         adversaries=list(dealt.adversaries),
         measure=measure,
+        loss=loss,
         tested=int((dealt.test[1] != -100).sum()),
     )
     return assemble(config, material, folder)
