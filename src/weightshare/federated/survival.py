@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from weightshare.errors import UserError
+from weightshare.federated.audit_log import AuditLog
+from weightshare.federated.config import ReputationConfig
 from weightshare.federated.payout import Payout
+from weightshare.federated.repeats import Repeats
 from weightshare.federated.standing import Standing
+from weightshare.federated.vectors import Vector
 from weightshare.training import checkpoint
-
-if TYPE_CHECKING:
-    from weightshare.federated.strategy import ReputationStrategy
 
 SCHEMA = 1
 """Version of the checkpoint's content."""
@@ -23,9 +24,27 @@ FREE = {"observe", "budget", "window", "quorum", "misses"}
 """Rules that are the operator's to change between sessions."""
 
 
-def save(
-    strategy: "ReputationStrategy", folder: Path, keep: int, extra: Mapping[str, NDArray[Any]]
-) -> Path:
+class Server(Protocol):
+    """What of a ``ReputationStrategy`` a checkpoint holds, and what a restart begins anew."""
+
+    config: ReputationConfig
+    folder: Path | None
+    log: AuditLog
+    initial: Vector
+    server: Vector
+    models: NDArray[np.float32]
+    names: list[str]
+    standing: Standing
+    strikes: dict[str, int]
+    resyncs: dict[str, int]
+    suspended: set[str]
+    repeats: Repeats
+    extra: dict[str, NDArray[Any]]
+    _stale: set[str]
+    _payout: Payout
+
+
+def save(strategy: Server, folder: Path, keep: int, extra: Mapping[str, NDArray[Any]]) -> Path:
     """See ``ReputationStrategy.save``."""
     tensors = {"models": strategy.models, "server": strategy.server, "initial": strategy.initial}
     tensors |= {f"seen/{name}": value for name, value in strategy.repeats.seen.items()}
@@ -43,7 +62,7 @@ def save(
     return checkpoint.save(folder, strategy.standing.round, packed, values, keep)
 
 
-def restore(strategy: "ReputationStrategy", folder: Path) -> int:
+def restore(strategy: Server, folder: Path) -> int:
     """See ``ReputationStrategy.restore``."""
     checkpoint.sweep(folder)
     found = checkpoint.checkpoints(folder)
@@ -98,6 +117,6 @@ def room(folder: Path | None, count: int, dimension: int) -> NDArray[np.float32]
     return np.memmap(folder / "models.f32", np.float32, "w+", shape=(count, dimension))
 
 
-def rules(strategy: "ReputationStrategy") -> dict[str, str]:
+def rules(strategy: Server) -> dict[str, str]:
     """The rules that a checkpoint is bound to."""
     return {k: str(v) for k, v in asdict(strategy.config).items() if k not in FREE}
