@@ -119,7 +119,11 @@ def main() -> None:
         if table.rows:
             table.facts |= summary(table.rows)
             table.write()
-    for part, title in (("spent", "bought at one budget"), ("clause", "predicted and realised")):
+    for part, title in (
+        ("spent", "bought at one budget"),
+        ("against", "the trial, paired"),
+        ("clause", "predicted and realised"),
+    ):
         if rows := table.facts.get(part):
             show_table(title, [{k: _short(v) for k, v in row.items()} for row in rows])
     if table.left_out:
@@ -439,7 +443,7 @@ def summary(rows):
         name: " and ".join(sorted({str(row[name]) for row in rows.values()}))
         for name in ("device", "torch")
     }
-    return facts | {"spent": spent(rows), "clause": clause(rows)}
+    return facts | {"spent": spent(rows), "against": against(rows), "clause": clause(rows)}
 
 
 def by_case(rows):
@@ -480,6 +484,42 @@ def spent(rows):
                     "settings": len(done),
                 }
             )
+    return table
+
+
+DEVELOPED = {("stories260K", "[[1, 2], [3, 4]]", 0), ("tiny", "[[2, 3, 4, 5], [6, 7, 8, 9]]", 0)}
+DEVELOPED |= {("babyllama105", "[[1, 2], [3, 4]]", 2)}
+"""Models, folds and seeds that the trial was chosen and mended on."""
+
+
+def against(rows):
+    """How far the trial ends below each other way, paired by setting; not where it was made."""
+    losses = {}
+    for row in rows.values():
+        setting = row["model"], str([list(group) for group in row["groups"]]), row["seed"]
+        if "way" in row and setting not in DEVELOPED:
+            losses.setdefault((*setting, row["moment"]), {})[row["way"]] = row["loss"]
+    table = []
+    for moment in MOMENTS:
+        for models in [*dict.fromkeys((key[0],) for key in losses), tuple(RATES)]:
+            for way in WAYS:
+                found = [
+                    mine[way] - mine["trial"]
+                    for key, mine in losses.items()
+                    if key[0] in models and key[3] == moment and {way, "trial"} <= mine.keys()
+                ]
+                if found and way != "trial":
+                    name = models[0] if len(models) == 1 else "all"
+                    better = spread(found)
+                    table.append(
+                        {
+                            "trial against": f"{name}, {moment}: {way}",
+                            "better_by": better["mean"],
+                            "half_width": better["half_width"],
+                            "wins": sum(value > 0 for value in found),
+                            "settings": len(found),
+                        }
+                    )
     return table
 
 
