@@ -146,3 +146,8 @@ def test_a_hotswap_that_fails_changes_nothing(tmp_path):
         assert torch.equal(model(x).logits, before)
     with pytest.raises(UserError, match="no adapter 'x'"):
         hotswap(model, tmp_path / "rank", "x")
+    with pytest.raises(UserError, match="holds no adapter"):
+        hotswap(model, tmp_path)
+    to_lora(model, tmp_path / "lora")
+    with pytest.raises(UserError, match="LORA.*from_lora"):
+        hotswap(model, tmp_path / "lora")

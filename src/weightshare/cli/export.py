@@ -55,6 +55,7 @@ def export_adapter(run: Path, out: Path) -> None:
 
     import weightshare.shards as shards
     from weightshare.cli.models import open_model
+    from weightshare.language import quiet
     from weightshare.report import replacing
 
     if not (run / "adapter" / "adapter_config.json").is_file():
@@ -63,6 +64,7 @@ def export_adapter(run: Path, out: Path) -> None:
         raise UserError(f"{out} exists already; give another --out.")
     options = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     source = open_model(options["model"], device="cpu")
-    model = PeftModel.from_pretrained(source.model, run / "adapter")
+    with quiet():
+        model = PeftModel.from_pretrained(source.model, run / "adapter")
     with replacing(out) as folder:
         shards.to_lora(model, folder)

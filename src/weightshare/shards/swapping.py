@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, load_peft_weights
 
 from weightshare.errors import UserError
 from weightshare.shards.conversion import mos_tuner
@@ -40,7 +40,15 @@ def hotswap(model: PeftModel, folder: str | Path, adapter_name: str = "default")
         raise UserError(
             f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}."
         )
-    new = MosConfig.from_pretrained(str(folder))
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{folder} holds no adapter; give the folder of a saved one.")
+    new = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(new, MosConfig):
+        raise UserError(
+            f"The adapter in {folder} is of the method {new.peft_type}; give one of shards, or "
+            "bring a LoRA adapter in by from_lora."
+        )
     old: MosConfig = model.peft_config[adapter_name]
     for name in ALIKE:
         if getattr(new, name) != getattr(old, name):
