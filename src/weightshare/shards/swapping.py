@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, load_peft_weights
 
 from weightshare.errors import UserError
@@ -46,8 +46,8 @@ def hotswap(model: PeftModel, folder: str | Path, adapter_name: str = "default")
     new = PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, MosConfig):
         raise UserError(
-            f"The adapter in {folder} is of the method {new.peft_type}; give one of shards, or "
-            "bring a LoRA adapter in by from_lora."
+            f"The adapter in {folder} is of the method {PeftType(new.peft_type).value}; give one of "
+            "shards, or bring a LoRA adapter in by from_lora."
         )
     old: MosConfig = model.peft_config[adapter_name]
     for name in ALIKE:
