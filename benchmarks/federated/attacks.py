@@ -50,7 +50,6 @@ CELLS = [
     ("uniform", "identical", 7),
     ("uniform", "count_lie", 2),
 ]
-ROOT = 50
 SIZES = {"digits": (0, 64), "movie_reviews": (6000, 16)}
 """Training samples and width by data set."""
 OTHERWISE = (6000, 64)
@@ -83,7 +82,7 @@ def row(cell: tuple[str, str, int], options: argparse.Namespace, rounds: int) ->
                 rounds=rounds,
                 samples=samples,
                 hidden=hidden,
-                root_samples=ROOT if rule in ("robust+root", "examined", "fltrust") else 0,
+                root_samples=options.root if rule in ("robust+root", "examined", "fltrust") else 0,
                 seed=seed,
                 device=options.device,
             )
@@ -208,6 +207,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rules", default=",".join(RULES), help="only these, with commas")
     parser.add_argument("--device", default="cpu", help="where participants are trained")
+    parser.add_argument("--root", type=int, default=50, help="trusted samples at the server")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     table = Table(lambda o: f"federated_attacks_{o.data}", __doc__, parser)
     options = table.options
@@ -220,7 +220,7 @@ def main() -> None:
     if table.quick:
         rounds, cells, options.seeds = 4, [CELLS[0], ("uniform", "sign_flip", 2)], 1
     samples, hidden = SIZES.get(options.data, OTHERWISE)
-    setting = {"data": options.data, "rounds": rounds, "honest": 10, "root_samples": ROOT,
+    setting = {"data": options.data, "rounds": rounds, "honest": 10, "root_samples": options.root,
                "samples": samples, "hidden": hidden}  # fmt: skip
     table.facts = {"flwr": flwr.__version__, "setting": setting, "trained_on": options.device}
     for cell in cells:
