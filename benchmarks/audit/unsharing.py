@@ -17,7 +17,8 @@ weights have been trained before.
     scales              private scales on every tensor
     nothing             the shared weights alone
 
-*Near* believes a prediction only as far as a tenth of the weights' norm. The honesty clause
+*Far* follows a prediction to the end of its parabola, and not only as far as a tenth of the
+weights' norm. The honesty clause
 follows: suggested and random unsharings one at a time, predicted against realised gain, with the
 rank correlation, and beside it that of the number of added parameters.
 
@@ -327,7 +328,7 @@ class Setting:
             t.row()
             | {
                 "adam": t.suggestion.predicted,
-                "adam, near": near(t.suggestion).predicted,
+                "adam, far": far(t.suggestion).predicted,
                 "trial": -credited.slope,
                 "gain": t.realised,
             }
@@ -412,9 +413,9 @@ def in_block(unsharing):
     return "layers" in unsharing.layer.name
 
 
-def near(suggestion):
-    """The prediction for a step of at most a tenth of the weights' norm."""
-    return replace(suggestion, reach=suggestion.longest)
+def far(suggestion):
+    """The prediction with its parabola followed to the end."""
+    return replace(suggestion, longest=math.inf)
 
 
 WAYS: dict[str, Callable[[Setting], list]] = {
@@ -426,7 +427,7 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
     "audit (adam)": lambda s: s.buy(s.adam),
-    "audit (adam, near)": lambda s: s.buy(map(near, s.adam)),
+    "audit (adam, far)": lambda s: s.buy(map(far, s.adam)),
     "audit (plain)": lambda s: s.buy(s.plain),
     "trial": lambda s: s.buy(s.tried),
 }
@@ -530,7 +531,7 @@ def clause(rows):
     """
     table = []
     for case, mine in by_case([row for row in rows.values() if "trials" in row]).items():
-        for predictor in ("adam", "adam, near", "trial", "added"):
+        for predictor in ("adam", "adam, far", "trial", "added"):
             pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
             table.append(

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def converged(model, batches, steps=300, rate=0.1):
 @pytest.mark.parametrize("curvature", [0.5, 4.0])
 def test_on_a_quadratic_predicted_and_realised_gain_agree_to_one_percent(curvature):
     model = Quadratic(targets(0, 1, 0, 1), curvature)
-    found = audit(model, data(), loss, metric="plain")
+    found = audit(model, data(), loss, metric="plain", reach=math.inf)
     rate = 0.2 / curvature
     shared = converged(copy.deepcopy(model), data(), rate=rate)
     (best,) = [s for s in found.suggestions if s.unsharing.kind == "unshare"]
@@ -60,12 +61,32 @@ def test_away_from_the_shared_optimum_the_common_part_is_not_counted():
     model = Quadratic(targets(0, 1), 1.0, start=torch.zeros(5, 6, dtype=torch.float64))
     (best,) = [
         s
-        for s in audit(model, data(), loss, metric="plain").suggestions
+        for s in audit(model, data(), loss, metric="plain", reach=math.inf).suggestions
         if s.unsharing.kind == "unshare"
     ]
     shared = converged(copy.deepcopy(model), data())
     realised = shared - converged(apply(copy.deepcopy(model), best), data())
     assert best.predicted == pytest.approx(realised, rel=0.01)
+
+
+def test_a_prediction_is_believed_only_near_the_weights():
+    offer = Unsharing("unshare", Layer("l", ("a", "b"), {}), (("a",), ("b",)))
+    straight = Suggestion(offer, 1, slope=-1.0, curvature=1e-6, longest=0.1, endless=0.1)
+    bent = Suggestion(offer, 1, slope=-1.0, curvature=100.0, longest=0.1, endless=0.1)
+    downwards = Suggestion(offer, 1, slope=-1.0, curvature=-1.0, longest=0.1, endless=0.1)
+    assert straight.predicted == pytest.approx(0.1)
+    assert bent.predicted == pytest.approx(1 / 200)
+    assert downwards.predicted == pytest.approx(0.105)
+    model = Quadratic(targets(0, 1, size=3.0), 1.0)
+    near, far = (
+        next(
+            s.predicted
+            for s in audit(model, data(), loss, metric="plain", reach=reach).suggestions
+            if s.unsharing.kind == "unshare"
+        )
+        for reach in (0.01, math.inf)
+    )
+    assert 0 < near < far
 
 
 def test_a_low_rank_disagreement_is_settled_by_a_low_rank_delta():

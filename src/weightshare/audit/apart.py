@@ -144,7 +144,7 @@ class Apart:
                 added=unsharing.added(self.model),
                 slope=-float(credit),
                 curvature=0.0,
-                longest=1.0,
+                endless=1.0,
                 beyond_chance=bool(credit > 2 * error),
                 directions=bases,
             )

@@ -13,7 +13,7 @@ from weightshare.audit.findings import Finding, finding, opposed_first
 from weightshare.audit.layers import Layer, Per, find_layers
 from weightshare.audit.lookalikes import Similar, similar
 from weightshare.audit.steps import Loss, Progress, alone, silent
-from weightshare.audit.suggest import Metric, Suggestion, suggest
+from weightshare.audit.suggest import REACH, Metric, Suggestion, suggest
 from weightshare.errors import UserError
 from weightshare.sharing import (
     CountSketch,
@@ -76,6 +76,7 @@ def audit(
     groups: int = 2,
     rank: int = 4,
     metric: Metric = "adam",
+    reach: float = REACH,
     patience: int | None = None,
     suggestions: bool = True,
     trial: Sequence[Any] = (),
@@ -100,6 +101,7 @@ def audit(
         groups: into how many groups a layer's users may be split.
         rank: of suggested low-rank deltas.
         metric: in which gains are predicted; see :func:`~weightshare.audit.predict`.
+        reach: how far predictions are believed, as a share of the weights' norm.
         patience: stop after the grouping of every layer has come out the same so often in a row
             (from the fourth batch on); None uses all batches.
         suggestions: whether to work out what unsharing would gain: one more pass over the batches,
@@ -164,7 +166,13 @@ def audit(
             apart = Apart(inner, trial, batches[:used], loss, layers, **options)
             advice = suggest_apart(apart, findings, groups=groups, rank=rank)
         elif suggestions:
-            options = {"rank": rank, "metric": metric, "reduce": reduce, "progress": progress}
+            options = {
+                "rank": rank,
+                "metric": metric,
+                "reach": reach,
+                "reduce": reduce,
+                "progress": progress,
+            }
             advice = suggest(inner, batches[:used], loss, findings, **options)
     return Audit(findings, advice, size(inner), used, apart=apart)
 

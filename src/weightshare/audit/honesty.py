@@ -19,7 +19,7 @@ from torch import nn
 from weightshare.audit.examine import Audit
 from weightshare.audit.layers import Layer
 from weightshare.audit.steps import Loss
-from weightshare.audit.suggest import Metric, Suggestion, predict
+from weightshare.audit.suggest import REACH, Metric, Suggestion, predict
 from weightshare.audit.unshare import apply
 from weightshare.audit.unsharing import KINDS, Kind, Unsharing
 from weightshare.errors import UserError
@@ -36,7 +36,8 @@ class ProbeConfig:
         random: how many random unsharings beside them.
         steps: optimizer steps of each trial.
         learning_rate: of AdamW; the same for the trials with and without unsharing.
-        metric: of the predictions for the random ones; that of the audit (a trial has none).
+        metric, reach: of the predictions for the random ones; those of the audit. Not used where
+            the suggestions come from a trial.
         seed: of the random unsharings and of training.
     """
 
@@ -45,6 +46,7 @@ class ProbeConfig:
     steps: int = 30
     learning_rate: float = 1e-3
     metric: Metric = "adam"
+    reach: float = REACH
     seed: int = 0
 
 
@@ -142,7 +144,7 @@ def probe(
         if audited.apart is not None:
             others = audited.apart.predict(drawn)
         else:
-            others = predict(model, batches, loss, drawn, metric=config.metric)
+            others = predict(model, batches, loss, drawn, metric=config.metric, reach=config.reach)
         bases: dict[Layer, float] = {}
         trials = []
         for origin, chosen in (("suggested", suggested), ("random", others)):
