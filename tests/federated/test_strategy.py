@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from weightshare.errors import UserError
-from weightshare.federated import LocalConfig, ReputationConfig
+from weightshare.federated import LocalConfig, ReputationConfig, wire
 from weightshare.federated.grid import InProcessGrid, each_app
 from weightshare.federated.participant import client_app
 from weightshare.federated.reputation import trajectory
@@ -127,8 +127,21 @@ def test_the_statement_of_a_participant_adds_up(federation):
     assert all(0 <= row["quota"] <= 1 and row["entries"] <= SIZE for row in rows)
     best = max(here.strategy.statement(n)[-1]["quota"] for n in here.names)
     assert best == 1 and here.metrics["bytes-sent"] > 0
-    partly = [r for r in rows if 0 < r["entries"] < SIZE]
-    assert all(r["bytes"] == 4 * r["entries"] + SIZE // 8 for r in partly)
+
+    def unlike(name, number):
+        draws = (np.random.default_rng([number, *key.encode()]) for key in ("all", name))
+        common, own = (draw.standard_normal(SIZE) for draw in draws)
+        return 0.1 * ((0.4 + int(name[1]) / 3) * common + own)
+
+    here = federation(6, update=unlike).run(5)
+    shares = set()
+    for name in here.names:
+        row = here.strategy.statement(name)[-1]
+        order = here.strategy._payout.order(wire.Ticket(name, 6, 0))
+        arrays = len(order["reward"]) if "reward" in order else 0
+        assert row["bytes"] == wire.payload(order) - 128 * arrays  # beside each array's header
+        shares.add(arrays)
+    assert shares >= {1, 2}  # whole vectors and parts
 
 
 def test_without_own_updates_size_weights_and_full_quota_it_is_federated_averaging(federation):

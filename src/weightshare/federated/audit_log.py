@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from weightshare.federated.reputation import Assessment
+from weightshare.federated.rewards import bytes_of
 from weightshare.federated.standing import Standing
 
 
@@ -42,7 +43,7 @@ class AuditLog:
                 reputation=judged.reputation[name],
                 quota=quota,
                 entries=count,
-                bytes=4 * count + (-(-size // 8) if 0 < count < size else 0),
+                bytes=bytes_of(count, size),
             )
         for event in ("expelled", "would_expel"):
             for name in getattr(judged, event):

@@ -31,6 +31,13 @@ def layer_entries_for(quota: float, dimension: int) -> int:
     return min(dimension, ceil(quota * dimension * (1 - MARGIN)))
 
 
+def bytes_of(count: int, dimension: int) -> int:
+    """Of a reward of ``count`` entries as it is sent; see ``Rewards.cut``."""
+    if 2 * count > dimension:
+        return 4 * dimension
+    return 4 * count + -(-dimension // 8) if count else 0
+
+
 class Order:
     """The entries by falling magnitude, known where the given quotas cut it.
 

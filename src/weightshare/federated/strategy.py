@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -131,15 +131,10 @@ class ReputationStrategy(Strategy):
         for node, name in nodes:
             if name in self.standing.expelled or name in self.suspended:
                 continue
-            model = self._model(name)
-            ticket = wire.Ticket(name, number, wire.checksum(model))
-            if name in self.standing.inactive:
-                # Only a question whether it is there: its answer brings it back next round.
-                content = wire.order(ticket)
-            elif name in self._stale:
-                content = wire.order(ticket, model=model)
-            else:
-                content = self._payout.order(ticket)
+            ticket = self._ticket(name, number)
+            # Whoever is inactive is only asked whether it is there: an answer brings it back.
+            asked = name in self.standing.inactive
+            content = wire.order(ticket) if asked else self._order(ticket)
             self._tickets[node] = ticket
             self._bytes += wire.payload(content)
             messages.append(Message(content, node, wire.TRAIN, group_id=str(number)))
@@ -174,7 +169,19 @@ class ReputationStrategy(Strategy):
         self.last = judged
         for name in updates.keys() & self.standing.inactive.keys():
             self._return(name)
-        return None, self._metrics(number, asked, present, judged)
+        received = 4 * len(self.initial) * len(present)
+        return None, MetricRecord(
+            {
+                "round": number,
+                "asked": len(asked),
+                "answered": len(present),
+                "live": len(self.standing.reputation),
+                "expelled": len(self.standing.expelled),
+                "below-threshold": len(judged.below) if judged else 0,
+                "bytes-sent": self._bytes,
+                "bytes-received": received,
+            }
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -203,13 +210,7 @@ class ReputationStrategy(Strategy):
         for node, name in self._online(grid):
             if name in self.standing.reputation:
                 asked[node] = name
-                ticket = wire.Ticket(name, self.standing.round, wire.checksum(self._model(name)))
-                stale = name in self._stale
-                content = (
-                    wire.order(ticket, model=self._model(name))
-                    if stale
-                    else self._payout.order(ticket)
-                )
+                content = self._order(self._ticket(name, self.standing.round))
                 messages.append(Message(content, node, wire.REWARD, group_id="reward"))
         replies = grid.send_and_receive(messages, timeout=timeout)
         heard = {asked[r.metadata.src_node_id] for r in replies if not r.has_error()}
@@ -296,6 +297,14 @@ class ReputationStrategy(Strategy):
 
     def _model(self, name: str) -> Vector:
         return self.models[self.names.index(name)]
+
+    def _ticket(self, name: str, number: int) -> wire.Ticket:
+        return wire.Ticket(name, number, wire.checksum(self._model(name)))
+
+    def _order(self, ticket: wire.Ticket) -> RecordDict:
+        if ticket.name in self._stale:
+            return wire.order(ticket, model=self._model(ticket.name))
+        return self._payout.order(ticket)
 
     def _online(self, grid: Grid) -> list[tuple[int, str]]:
         if self.roster is None:
@@ -393,23 +402,3 @@ class ReputationStrategy(Strategy):
             for name in found.entitled:
                 self.models[self.names.index(name)] = found.model
                 self._stale.add(name)
-
-    def _metrics(
-        self,
-        number: int,
-        asked: set[str],
-        present: Mapping[str, Vector],
-        judged: Assessment | None,
-    ) -> MetricRecord:
-        return MetricRecord(
-            {
-                "round": number,
-                "asked": len(asked),
-                "answered": len(present),
-                "live": len(self.standing.reputation),
-                "expelled": len(self.standing.expelled),
-                "below-threshold": len(judged.below) if judged else 0,
-                "bytes-sent": self._bytes,
-                "bytes-received": 4 * len(self.initial) * len(present),
-            }
-        )
