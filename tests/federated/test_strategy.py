@@ -131,7 +131,7 @@ def test_the_statement_of_a_participant_adds_up(federation):
     def unlike(name, number):
         draws = (np.random.default_rng([number, *key.encode()]) for key in ("all", name))
         common, own = (draw.standard_normal(SIZE) for draw in draws)
-        return 0.1 * ((0.4 + int(name[1]) / 3) * common + own)
+        return 0.1 * ((0.15 + int(name[1]) / 3) * common + own)
 
     here = federation(6, update=unlike).run(5)
     shares = set()
