@@ -10,7 +10,8 @@ seeds of a row run in lockstep, their messages by reference; a row is written wh
 Of each run: accuracy of the honest participants, the best adversary's, adversaries and honest
 removed (expelled, or suspended for invalid replies). ``passes`` counts the seeds in which no honest
 participant is removed, the honest mean is at least 0.05 above training alone, and no adversary ends
-above the mean of training alone.
+above the mean of training alone. ``cells`` counts attacked rows by rule: passed on every seed, and
+what would be with any gain above 0.
 
 The setting ``robust`` was chosen on digits with the seeds 0 and 1; ``--first-seed 2`` are seeds it
 has not met. The learning rates were chosen by federated averaging, seed 0.
@@ -159,7 +160,7 @@ def outcome(here: Simulation, alone: dict[str, float]) -> dict:
 def summaries(rows: dict[str, dict]) -> dict[str, dict]:
     """What pages show: text by row and rule."""
     tables: dict[str, dict] = {"accuracy": {}, "adversaries": {}, "fairness": {}, "passes": {}}
-    cells: dict[str, list[float]] = {}
+    cells: dict[str, list[tuple[float, bool]]] = {}
     for name, figures in rows.items():
         alone = spread(list(figures["alone"].values()))
         tables["accuracy"][name] = {"alone": interval(alone)}
@@ -184,13 +185,24 @@ def summaries(rows: dict[str, dict]) -> dict[str, dict]:
             )
             won = sum(run["passes"] for run in each)
             tables["passes"].setdefault(name, {})[rule] = f"{won}/{len(each)}"
-            cells.setdefault(rule, []).append(won / len(each))
-    counted = {"on every seed": lambda won: won == 1, "on some": lambda won: 0 < won < 1}
+            cells.setdefault(rule, []).append((won / len(each), all(map(held, each))))
+    counts = {
+        "passed on every seed": lambda won, _: won == 1,
+        "passed on some seeds": lambda won, _: 0 < won < 1,
+        "passed but for the gain": lambda _, kept: kept,
+        "run": lambda *_: True,
+    }
     tables["cells"] = {
-        f"cells passed {when}": {rule: sum(map(test, won)) for rule, won in cells.items()}
-        for when, test in counted.items()
-    } | {"cells run": {rule: len(won) for rule, won in cells.items()}}
+        rule: {what: sum(test(*cell) for cell in found) for what, test in counts.items()}
+        for rule, found in cells.items()
+    }
     return tables
+
+
+def held(run: dict) -> bool:
+    """Nobody honest removed, a gain whatever its size, no adversary above training alone."""
+    alone = run["mean"] - run["gain"]
+    return not run["removed_honest"] and run["gain"] > 0 and run["adversary"] <= alone + 1e-9
 
 
 def interval(found: dict[str, float]) -> str:
