@@ -228,6 +228,8 @@ def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
         (["--sequence-length", "4096"], "at most"),
         (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--target-modules", "nothing"], "some of down_proj"),
+        (["--method", "poly"], "task_ids"),
+        (["--method", "adalora"], "total_step"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--method", "prompt_tuning", "--sweep", "1e-3"], "off the model again"),
         (["--method", "vblora", "--options", "vector_length=7"], "does not fit"),

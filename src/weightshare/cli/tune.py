@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightshare.cli.tune_adapter import adapted, said
 from weightshare.cli.tune_config import TuneConfig
 from weightshare.errors import UserError
 
@@ -52,7 +53,7 @@ def run(config: TuneConfig) -> None:
     if config.dry_run:
         estimate(config, source, data)
         return
-    check(config, source, rates)
+    check(config, source, data, rates)
     if not group.first:
         train_along(config, source, data, group)
         return
@@ -160,11 +161,28 @@ def read(config: TuneConfig, source: "LanguageModel") -> "TuneData":
     )
 
 
-def check(config: TuneConfig, source: "LanguageModel", rates: list[float]) -> None:
+def check(
+    config: TuneConfig, source: "LanguageModel", data: "TuneData", rates: list[float]
+) -> None:
     """Refuse what cannot be trained while there is no run directory yet to stand in the way."""
+    import torch
+
+    from weightshare.shards.methods import MEASURED
+    from weightshare.shards.tuning import TuneTask
+
     for rate in rates or [usual_rate(config)]:
         loop_config(config, source, rate)
     model: Any = adapted(config, source)
+    if config.method not in MEASURED:
+        row = {name: column[:1].to(source.model.device) for name, column in data.train.items()}
+        try:
+            with torch.no_grad():
+                TuneTask(model)(row)
+        except Exception as error:  # whatever one of forty methods makes of missing options
+            raise UserError(
+                f"{config.method} does not run on tokens alone with these options "
+                f"({said(error)}); give what it needs by --options, or another method."
+            ) from error
     if hasattr(model.base_model, "unload"):
         model.base_model.unload()
     elif rates:
@@ -208,54 +226,6 @@ def usual_rate(config: TuneConfig) -> float:
 
     usual = LEARNING_RATES.get(config.method, USUAL_RATE)
     return usual if config.learning_rate is None else config.learning_rate
-
-
-def adapted(config: TuneConfig, source: "LanguageModel") -> "PeftModel":
-    """The model with a fresh adapter, the same one at every call."""
-    from weightshare.cli.models import add_adapter
-    from weightshare.shards import adapter_config
-    from weightshare.shards.methods import parse_options
-
-    options = parse_options(config.options)
-    if config.method == "mos":
-        options = {
-            "shards_per_vector": config.shards,
-            "private_rank": config.private_rank,
-            **options,
-        }
-    made = adapter_config(
-        config.method,
-        source.model,
-        equivalent_rank=config.equivalent_rank,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        target_modules=target_modules(config, source),
-        options=options,
-    )
-    return add_adapter(source, made, config.seed)
-
-
-def target_modules(config: TuneConfig, source: "LanguageModel") -> str | list[str]:
-    """The modules to adapt.
-
-    Raises:
-        UserError: a name that no module of the model has.
-    """
-    from weightshare.shards.methods import linear_targets
-
-    names = [part.strip() for part in config.target_modules.split(",") if part.strip()]
-    if names == ["all-linear"]:
-        return "all-linear"
-    for name in names:
-        modules = [module for module, _ in source.model.named_modules()]
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
-            there = {target.name.rsplit(".", 1)[-1] for target in linear_targets(source.model)}
-            raise UserError(
-                f"--target-modules names {name!r}, which {config.model} does not have; give "
-                f"all-linear, or some of {', '.join(sorted(there))}."
-            )
-    return names
 
 
 def loop_config(config: TuneConfig, source: "LanguageModel", rate: float) -> "LoopConfig":

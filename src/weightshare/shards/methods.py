@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from weightshare.errors import UserError
 from weightshare.shards.planning import Target
 
+MEASURED = ("mos", "lora", "vera", "vblora", "unilora")
+"""Methods that are known to train on tokens alone, with what adapter_config gives them."""
 LEARNING_RATES = {"lora": 1e-3, "mos": 2e-3, "unilora": 8e-3, "vblora": 8e-3, "vera": 8e-3}
 """LoRA's and MoS's are the best of a sweep on SmolLM2-135M with alpha 16. The other three were not
 swept there; in benchmarks/shards/replica.py each wanted eight times LoRA's rate."""
@@ -89,8 +91,9 @@ def adapter_config(
     chosen = {name: value for name, value in wanted.items() if name in names} | asked
     try:
         return config_class(**chosen)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{method} cannot be set up: {error}.") from error
+    except (ImportError, TypeError, ValueError) as error:
+        said = str(error).rstrip(" .")
+        raise UserError(f"{method} cannot be set up: {said}; see --options.") from error
 
 
 def linear_targets(model: nn.Module) -> list[Target]:

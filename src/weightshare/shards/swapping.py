@@ -46,7 +46,7 @@ def hotswap(model: PeftModel, folder: str | Path, adapter_name: str = "default")
     new = PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, MosConfig):
         raise UserError(
-            f"The adapter in {folder} is of the method {PeftType(new.peft_type).value}; give one of "
+            f"{folder} holds an adapter of the method {PeftType(new.peft_type).value}; give one of "
             "shards, or bring a LoRA adapter in by from_lora."
         )
     old: MosConfig = model.peft_config[adapter_name]
