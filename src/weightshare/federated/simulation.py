@@ -205,7 +205,6 @@ def simulate(
         UserError: options that cannot be used, or too little data for them.
     """
     config.check()
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     samples = samples or load_samples(config.data)
     total = len(samples.train_labels)
     if config.root_samples >= total:
@@ -276,6 +275,7 @@ def assemble(
     config: FederateConfig, material: Material, folder: Path | None = None, as_bytes: bool = True
 ) -> Simulation:
     """Participants, grid and strategy around what is trained; see ``simulate``."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     initial, attack = material.initial, ATTACKS.get(config.attack)
     learner = RootAlong(material.learner, lambda: strategy.server)
     cohort = Cohort(
