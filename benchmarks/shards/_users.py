@@ -49,6 +49,7 @@ def users(names: Sequence[str], shards: int, rate: float) -> dict[str, Method]:
         "public e=4, own e=0.5": (partial(public, e=4, own=0.5), 2 * rate),
         "MoS e=1 for each": (partial(each, equivalent_rank=1, rank=4), 2 * rate),
         "one LoRA r=8": (partial(everybody, **lora(8)), rate),
+        "one MoS e=8": (partial(everybody, equivalent_rank=8, rank=32), 2 * rate),
         "public e=4, own e=1": (partial(public, e=4, own=1), 2 * rate),
         "LoRA r=2 for each": (partial(each, **lora(2)), rate),
         "one LoRA r=2": (partial(everybody, **lora(2)), rate),

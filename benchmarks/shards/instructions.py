@@ -49,7 +49,7 @@ from weightshare.training import EpochBatches, Losses, Place, Task, Term, held_o
 
 LENGTH = 512
 HELD_OUT = 20
-BESIDE = {"lora2": "LoRA r=2", "lora1": "LoRA r=1"}
+BESIDE = {"lora2": "LoRA r=2", "small": "LoRA r=1 on q and v (e=0.19)"}
 
 
 def main() -> None:
