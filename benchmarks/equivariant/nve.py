@@ -6,13 +6,14 @@ FOLDER holds ethanol-NAME-SEED.safetensors from ``ethanol.py --keep``. Five star
 the kinetic energy at the first structures, so that half goes into vibration), velocity Verlet in
 float64. All starts run in one batch with both time steps, and on a GPU several steps are one CUDA
 graph; where ASE is installed, the first steps of one start are checked against its integrator with
-our calculator. Drift is the slope of the total energy, with the 95 % interval over starts;
-fluctuation is the standard deviation about that line. What has been followed so far is written
-every half minute; a run that was cut goes on from there.
+our calculator. Drift is the slope of the total energy, with the 95 % interval over the starts that
+stayed intact; fluctuation is the standard deviation about that line. What has been followed so far
+is written every half minute; a run that was cut goes on from there.
 """
 
 import argparse
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ STEPS = (0.25, 0.5)
 """Time steps in fs."""
 EVERY = 8
 """Steps between two recorded energies."""
+BROKEN = 15.0
+"""eV/Å: twice the largest force in the data; beyond, a molecule has come where the potential knows
+nothing, and mostly flies apart."""
 PAUSE = 30
 """Seconds between two writings."""
 
@@ -152,13 +156,15 @@ def drift(energies: np.ndarray, hardest: list[float], picoseconds: float) -> dic
         part = t <= picoseconds
         e = energies[part, row * STARTS : (row + 1) * STARTS]
         slopes, offsets = np.polyfit(t[part], e, 1)
-        over = spread(slopes.tolist())
         about = e - (t[part, None] * slopes + offsets)
-        found[f"largest_force_{fs}"] = hardest[row * STARTS : (row + 1) * STARTS]
+        forces = hardest[row * STARTS : (row + 1) * STARTS]
+        intact = np.array(forces) < BROKEN
+        over = spread(slopes[intact].tolist() or [math.nan])
+        found[f"intact_{fs}"], found[f"largest_force_{fs}"] = int(intact.sum()), forces
         found[f"drifts_{fs}"], found[f"fluctuations_{fs}"] = slopes.tolist(), about.std(0).tolist()
         found |= {
             f"drift_{fs}_mev_atom_ps": over["mean"], f"half_width_{fs}": over["half_width"],
-            f"fluctuation_{fs}_mev_atom": float(about.std()),
+            f"fluctuation_{fs}_mev_atom": float(about[:, intact].std()),
             f"picoseconds_{fs}": float(t[part][-1]),
         }  # fmt: skip
     return found
@@ -240,7 +246,8 @@ def main() -> None:
         state.unlink(missing_ok=True)
     table.show(
         [f"{name}_{fs}{unit}" for fs in STEPS for name, unit in
-         (("drift", "_mev_atom_ps"), ("half_width", ""), ("fluctuation", "_mev_atom"))]
+         (("intact", ""), ("drift", "_mev_atom_ps"), ("half_width", ""),
+          ("fluctuation", "_mev_atom"))]
     )  # fmt: skip
 
 
