@@ -15,6 +15,8 @@ weights have been trained before.
                         of them would cost three budgets
     everywhere          low-rank deltas of one rank on every tensor
     scales              private scales on every tensor
+    common scales       scales on every tensor that all its uses share: nothing is unshared
+    scales and copies   private scales on every tensor, and copies by the trial for what is left
     nothing             the shared weights alone
 
 *Far* follows a prediction to the end of its parabola, and not only as far as a tenth of the
@@ -52,7 +54,8 @@ from weightshare.audit.honesty import _Cycle, _MeanLoss, rank_correlation
 from weightshare.audit.language import language_loss, text_batches
 from weightshare.audit.suggest import found_groups, predict
 from weightshare.cli.console import show_table
-from weightshare.folding import FoldPlan, fold
+from weightshare.folding import Delta, FoldPlan, fold
+from weightshare.folding.share import replan
 from weightshare.language import load_model, read_documents, windows
 from weightshare.sharing import size
 from weightshare.training import Captured, GradientUpdate, Loop, LoopConfig
@@ -122,7 +125,7 @@ def main() -> None:
             table.write()
     for part, title in (
         ("spent", "bought at one budget"),
-        ("against", "the trial, paired"),
+        ("against", "paired"),
         ("clause", "predicted and realised"),
     ):
         if rows := table.facts.get(part):
@@ -301,6 +304,8 @@ class Setting:
         student = copy.deepcopy(self.model)
         for unsharing in chosen:
             apply(student, unsharing, seed=self.seed)
+        if way == "common scales":
+            give_common_scales(student)
         added = size(student).unique - size(self.model).unique
         self.fit(student, self.parts[1], "spend")
         plain = [s.unsharing if isinstance(s, Suggestion) else s for s in chosen]
@@ -405,12 +410,27 @@ class Setting:
     def costs(self):
         return {}
 
-    def buy(self, suggestions):
-        return spend([s for s in suggestions if in_block(s.unsharing)], self.budget)
+    def scales(self):
+        return [replace(u, kind="scale", rank=0) for u in self.by_depth]
+
+    def copies(self, budget):
+        return self.buy([s for s in self.tried if s.unsharing.kind == "unshare"], budget)
+
+    def buy(self, suggestions, budget=None):
+        offers = [s for s in suggestions if in_block(s.unsharing)]
+        return spend(offers, self.budget if budget is None else budget)
 
 
 def in_block(unsharing):
     return "layers" in unsharing.layer.name
+
+
+def give_common_scales(model):
+    """One scale for all uses of each tensor, in place: a change of parameters, not of sharing."""
+    plan = FoldPlan.from_dict(model.config.fold_plan)
+    names = [name for name, p in model.model.layers[0].named_parameters() if p.ndim > 1]
+    deltas = [Delta(name, group, "scale") for group in plan.shared_groups for name in names]
+    replan(model, replace(plan, deltas=tuple(deltas)))
 
 
 def far(suggestion):
@@ -422,7 +442,9 @@ WAYS: dict[str, Callable[[Setting], list]] = {
     "nothing": lambda s: [],
     "random": Setting.at_random,
     "everywhere": Setting.everywhere,
-    "scales": lambda s: [replace(u, kind="scale", rank=0) for u in s.by_depth],
+    "scales": Setting.scales,
+    "common scales": lambda s: [],
+    "scales and copies": lambda s: [*s.scales(), *s.copies(s.budget - s.cost(s.scales()))],
     "first": lambda s: s.large(s.by_depth),
     "last": lambda s: s.large(s.by_depth[::-1]),
     "lowest cosine": lambda s: s.large(s.disagreeing),
@@ -488,33 +510,40 @@ def spent(rows):
     return table
 
 
-DEVELOPED = {("stories260K", "[[1, 2], [3, 4]]", 0), ("tiny", "[[2, 3, 4, 5], [6, 7, 8, 9]]", 0)}
-DEVELOPED |= {("babyllama105", "[[1, 2], [3, 4]]", 2)}
-"""Models, folds and seeds that the trial was chosen and mended on."""
+DEVELOPED = {
+    ("stories260K", "[[1, 2], [3, 4]]", 0),
+    ("tiny", "[[2, 3, 4, 5], [6, 7, 8, 9]]", 0),
+    ("babyllama105", "[[1, 2], [3, 4]]", 2),
+}
+"""Models, folds and seeds that the trial was chosen on and the scales were noticed on."""
 
 
 def against(rows):
-    """How far the trial ends below each other way, paired by setting; not where it was made."""
+    """How far the trial, and private scales, end below each other way, paired by setting.
+
+    Without the settings that they were developed on.
+    """
     losses = {}
     for row in rows.values():
         setting = row["model"], str([list(group) for group in row["groups"]]), row["seed"]
         if "way" in row and setting not in DEVELOPED:
             losses.setdefault((*setting, row["moment"]), {})[row["way"]] = row["loss"]
+    models = dict.fromkeys((key[0], key[3]) for key in losses)
     table = []
-    for moment in MOMENTS:
-        for models in [*dict.fromkeys((key[0],) for key in losses), tuple(RATES)]:
-            for way in WAYS:
-                found = [
-                    mine[way] - mine["trial"]
-                    for key, mine in losses.items()
-                    if key[0] in models and key[3] == moment and {way, "trial"} <= mine.keys()
-                ]
-                if found and way != "trial":
-                    name = models[0] if len(models) == 1 else "all"
+    for model, moment in [*models, *(("all models", moment) for moment in MOMENTS)]:
+        mine = [
+            ways
+            for key, ways in losses.items()
+            if key[3] == moment and model in (key[0], "all models")
+        ]
+        for way in ("trial", "scales"):
+            for other in WAYS:
+                found = [w[other] - w[way] for w in mine if {way, other} <= w.keys()]
+                if found and other != way:
                     better = spread(found)
                     table.append(
                         {
-                            "trial against": f"{name}, {moment}: {way}",
+                            "ways": f"{model}, {moment}: {way} against {other}",
                             "better_by": better["mean"],
                             "half_width": better["half_width"],
                             "wins": sum(value > 0 for value in found),
