@@ -35,6 +35,7 @@ are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA (``--only tiny`` needs
 
 import argparse
 import copy
+import itertools
 import math
 import random
 import statistics
@@ -470,13 +471,11 @@ def summary(rows):
 
 
 def by_case(rows):
-    """The rows of each (model, fold, moment), and of each model and moment."""
+    """The rows of each model, fold and moment."""
     found = {}
     for row in rows:
         groups = [list(group) for group in row["groups"]]
         found.setdefault(f"{row['model']}, {groups}, {row['moment']}", []).append(row)
-    for row in rows:
-        found.setdefault(f"{row['model']}, all folds, {row['moment']}", []).append(row)
     return found
 
 
@@ -518,6 +517,9 @@ DEVELOPED = {
 """Models, folds and seeds that the trial was chosen on and the scales were noticed on."""
 
 
+OTHERS = ("random", "everywhere", "first", "last", "audit (adam)", "trial", "common scales")
+
+
 def against(rows):
     """How far the trial, and private scales, end below each other way, paired by setting.
 
@@ -536,10 +538,10 @@ def against(rows):
             for key, ways in losses.items()
             if key[3] == moment and model in (key[0], "all models")
         ]
-        for way in ("trial", "scales"):
-            for other in WAYS:
+        for way, other in itertools.product(("trial", "scales"), OTHERS):
+            if way != other:
                 found = [w[other] - w[way] for w in mine if {way, other} <= w.keys()]
-                if found and other != way:
+                if len(found) > 2:
                     better = spread(found)
                     table.append(
                         {
@@ -559,7 +561,11 @@ def clause(rows):
     The interval is a bootstrap over trials, resampled inside each row.
     """
     table = []
-    for case, mine in by_case([row for row in rows.values() if "trials" in row]).items():
+    tried = [row for row in rows.values() if "trials" in row]
+    cases = by_case(tried)
+    for row in tried:
+        cases.setdefault(f"{row['model']}, all folds, {row['moment']}", []).append(row)
+    for case, mine in cases.items():
         for predictor in ("adam", "adam, far", "trial", "added"):
             pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
