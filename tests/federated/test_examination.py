@@ -28,11 +28,14 @@ def test_the_common_model_is_the_weighted_mean_of_those_that_passed():
 def test_the_worst_class_is_measured_in_losses_of_a_guess():
     model = nn.Linear(1, 3)
     zero = np.zeros(6, np.float32)
-    inputs, labels = torch.zeros(5, 1), torch.tensor([0, 0, 1, 1, 2])
+    inputs, labels = torch.tensor([[0.0], [0], [0], [1], [0]]), torch.tensor([0, 0, 1, 1, 2])
     assert worst_class(model, zero, (inputs, labels)) == pytest.approx(1)
     sure = np.float32([0, 0, 0, 4, 0, -9])  # of class 0; class 2 has one sample only
     expected = log(np.exp(4) + 1 + np.exp(-9)) / log(3)
     assert worst_class(model, sure, (inputs, labels)) == pytest.approx(expected, rel=1e-5)
+    half = np.float32([0, 9, 0, 4, 0, -9])  # the second sample of class 1 is recognised
+    expected = log(np.exp(4) + 1 + np.exp(-9)) - 4  # so class 0 is the worst
+    assert worst_class(model, half, (inputs, labels)) == pytest.approx(expected / log(3), rel=1e-4)
 
 
 RULES = ReputationConfig(keep_own=False, probation=2, norm=9.0)
