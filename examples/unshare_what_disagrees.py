@@ -3,7 +3,8 @@
     python examples/unshare_what_disagrees.py --out runs/unshared
 
 One fold is cured twice, alike: once as it is, and once after a tenth of the parameters that it
-saved were given back where the audit says. A few minutes on a CPU with the model that ships.
+saved were given back: private scales on every shared tensor, and weights of their own where a trial
+says so. A few minutes on a CPU with the model that ships.
 """
 
 import argparse
@@ -19,24 +20,27 @@ from weightshare.sharing import size
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--text", default="pystdlib")
+    parser.add_argument("--text", default="stdlib", help="more of it than the cure reads")
+    parser.add_argument("--heldout", default="pystdlib")
     parser.add_argument("--groups", default="2,3,4,5;6,7,8,9", help="blocks that share weights")
     parser.add_argument("--steps", type=int, default=100, help="of each cure")
     parser.add_argument("--out", help="folder for the unshared model")
     options = parser.parse_args()
 
     source = load_model(options.model)
-    documents = read_documents(options.text)
-    cut = len(documents) * 4 // 5
-    train = windows(source.tokenizer, documents[:cut], 128)
-    heldout = windows(source.tokenizer, documents[cut:], 128)
+    needed = 8 * options.steps + 4 * (16 + 50)
+    train = windows(source.tokenizer, read_documents(options.text), 128, limit=needed)
+    heldout = windows(source.tokenizer, read_documents(options.heldout), 128)
 
     groups = tuple(tuple(map(int, group.split(","))) for group in options.groups.split(";"))
     plain = fold(source.model, FoldPlan(source.model.config.num_hidden_layers, groups=groups))
-    found = audit(plain, text_batches(train, 16, 4), language_loss, per="tensor")
-    saved = size(plain).saved - plain.get_input_embeddings().weight.numel()
+    batches = text_batches(train, 16 + 50, 4)
+    found = audit(plain, batches[:16], language_loss, per="tensor", trial=batches[16:])
+    budget = (size(plain).saved - plain.get_input_embeddings().weight.numel()) // 10
+    scales = [s for s in found.suggestions if s.unsharing.kind == "scale"]
+    copies = [s for s in found.suggestions if s.unsharing.kind == "unshare" and s.beyond_chance]
     unshared = copy.deepcopy(plain)
-    for suggestion in spend([s for s in found.suggestions if s.beyond_chance], saved // 10):
+    for suggestion in [*scales, *spend(copies, budget - sum(s.added for s in scales))]:
         apply(unshared, suggestion)
         print(f"{suggestion.row()['do']:<25} {suggestion.unsharing.layer.name}")
 
