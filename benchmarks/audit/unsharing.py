@@ -517,11 +517,11 @@ DEVELOPED = {
 """Models, folds and seeds that the trial was chosen on and the scales were noticed on."""
 
 
-OTHERS = ("random", "everywhere", "first", "last", "audit (adam)", "trial", "common scales")
+OTHERS = ("random", "everywhere", "first", "last", "audit (adam)", "trial", "scales")
 
 
 def against(rows):
-    """How far the trial, and private scales, end below each other way, paired by setting.
+    """How far the trial, private scales and both end below each other way, paired by setting.
 
     Without the settings that they were developed on.
     """
@@ -538,7 +538,7 @@ def against(rows):
             for key, ways in losses.items()
             if key[3] == moment and model in (key[0], "all models")
         ]
-        for way, other in itertools.product(("trial", "scales"), OTHERS):
+        for way, other in itertools.product(("scales and copies", "scales", "trial"), OTHERS):
             if way != other:
                 found = [w[other] - w[way] for w in mine if {way, other} <= w.keys()]
                 if len(found) > 2:

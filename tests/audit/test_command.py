@@ -100,6 +100,24 @@ def test_suggestions_can_come_from_a_trial(folded, text, tmp_path, capsys):
     assert "at least 4" in capsys.readouterr().err
 
 
+def test_scales_come_first_and_copies_for_the_rest(folded, base, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--data", text, "--batches", 4, "--batch-size", 2, "--sequence-length", 16]
+    options += ["--per", "tensor", "--trial", 5, "--scales-first", "--out", out, "--overwrite"]
+    status = audit(folded, *options, "--budget", 100_000)
+    assert status == 0, capsys.readouterr().err
+    plan = FoldPlan.load(out / "plan.json")
+    matrices = [n for n, p in base[0].model.layers[0].named_parameters() if p.ndim > 1]
+    assert {d.parameter for d in plan.deltas if d.kind == "scale"} >= set(matrices)
+    assert {d.kind for d in plan.deltas} <= {"scale", "own"}
+    assert size(fold(base[0], plan)).unique <= size(fold(base[0], PLAN)).unique + 100_000
+    capsys.readouterr()
+    assert audit(folded, *options, "--budget", 3) == 2
+    assert "private scales on every shared weight take" in capsys.readouterr().err
+    assert audit(folded, *options) == 2
+    assert "--budget too" in capsys.readouterr().err
+
+
 def test_nothing_shared_ends_well_and_says_what_could_be(plain, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert audit(plain, "--data", text, "--batches", 2, "--batch-size", 2, "--out", out) == 0

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "suggest": ["Suggestion", "predict"],
         "lookalikes": ["Similar", "similar"],
         "apart": ["Apart", "suggest_apart"],
-        "budget": ["spend"],
+        "budget": ["scales_first", "spend"],
         "unshare": ["apply", "merge"],
         "honesty": ["Probe", "ProbeConfig", "Trial", "probe"],
     },

@@ -38,3 +38,24 @@ def spend(
                     new[r] = gain, (*best[r - size][1], suggestion)
         best = new
     return sorted(best[-1][1], key=lambda s: -s.gain_per_parameter)
+
+
+def scales_first(suggestions: Sequence[Suggestion], budget: int) -> list[Suggestion]:
+    """Private scales on every layer, then weights of their own for what is left of the budget.
+
+    Scales take a few per cent of what a tenth of a fold's savings buys and gained more than most
+    ways to spend all of it; with copies by a trial on top they gained most. A folded model may have
+    both on one weight; elsewhere :func:`~weightshare.audit.apply` refuses the second.
+
+    Raises:
+        UserError: a budget that does not pay for the scales.
+    """
+    scales = [s for s in suggestions if s.unsharing.kind == "scale"]
+    copies = [s for s in suggestions if s.unsharing.kind == "unshare" and s.beyond_chance]
+    left = budget - sum(s.added for s in scales)
+    if left < 0:
+        raise UserError(
+            f"the budget is {budget} parameters, but private scales on every shared weight take "
+            f"{budget - left}; give more, or spend it without scales first."
+        )
+    return [*scales, *(spend(copies, left) if left else [])]

@@ -26,6 +26,8 @@ class AuditConfig:
             the gradients of the model as it is.
         metric: without a trial, predict for training with Adam, or for plain gradient descent.
         budget: also name the best way to spend so many additional parameters; 0 leaves it out.
+        scales_first: of the budget, private scales on every shared weight, then weights of their
+            own for the rest, which a trial chooses best; for folded models audited per tensor.
         probe: carry out so many suggested and as many random unsharings, and compare predicted with
             realised gain; 0 leaves it out.
         probe_steps: training steps of each unsharing in the probe.
@@ -51,6 +53,7 @@ class AuditConfig:
     trial: int = 0
     metric: Literal["adam", "plain"] = "adam"
     budget: int = 0
+    scales_first: bool = False
     probe: int = 0
     probe_steps: int = 30
     probe_learning_rate: float = 1e-3

@@ -16,7 +16,7 @@ EXTRA = "folding"
 EXAMPLES = """
   weightshare audit runs/fold/model
   weightshare audit runs/fold/model --data notes.txt --per tensor --budget 100000
-  weightshare audit runs/fold/model --trial 50 --budget 100000
+  weightshare audit runs/fold/model --per tensor --trial 50 --budget 100000 --scales-first
   weightshare audit tiny --probe 4 --out runs/audit
 """
 
@@ -27,7 +27,7 @@ MAPS, LISTED = 12, 12
 
 def run(config: "AuditConfig") -> None:
     """Audit one language model and leave a run directory."""
-    from weightshare.audit import ProbeConfig, audit, figures, probe, spend
+    from weightshare.audit import ProbeConfig, audit, figures, probe, scales_first, spend
     from weightshare.audit.language import language_loss
     from weightshare.cli.console import say, show_table, working
     from weightshare.cli.models import open_model
@@ -87,7 +87,10 @@ def run(config: "AuditConfig") -> None:
         useful = [s for s in found.suggestions if s.beyond_chance and s.predicted > 0]
         chosen = useful[:1]
         if config.budget:
-            chosen = spend(useful, config.budget)
+            if config.scales_first:
+                chosen = scales_first(found.suggestions, config.budget)
+            else:
+                chosen = spend(useful, config.budget)
             run.rows(
                 "budget", [s.row() for s in chosen], f"{config.budget} parameters, best spent."
             )
@@ -141,6 +144,8 @@ def check(config: "AuditConfig") -> None:
             raise UserError(
                 f"--{dashed(name)} is {getattr(config, name)}; give 0 or at least {value}."
             )
+    if config.scales_first and not config.budget:
+        raise UserError("--scales-first says how to spend a budget; give --budget too.")
     if not config.probe_learning_rate > 0:
         raise UserError(f"--probe-learning-rate is {config.probe_learning_rate}; give one above 0.")
 
