@@ -35,10 +35,8 @@ are found through WEIGHTSHARE_MODELS and WEIGHTSHARE_DATA (``--only tiny`` needs
 
 import argparse
 import copy
-import itertools
 import math
 import random
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,10 +46,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import Table, spread
+from _summary import summary
+from _table import Table
 
 from weightshare.audit import Apart, ProbeConfig, Suggestion, Unsharing, apply, audit, probe, spend
-from weightshare.audit.honesty import _Cycle, _MeanLoss, rank_correlation
+from weightshare.audit.honesty import _Cycle, _MeanLoss
 from weightshare.audit.language import language_loss, text_batches
 from weightshare.audit.suggest import found_groups, predict
 from weightshare.cli.console import show_table
@@ -104,6 +103,8 @@ def main() -> None:
         "budget": options.budget,
         "ranks": RANKS,
     }
+    if options.join:
+        table.facts["command"] = "python benchmarks/audit/unsharing.py, rows of several processes"
     cases = [case for case in CASES if case[0].startswith(options.only)]
     if table.quick:
         cases = [("tiny", ("pystdlib", "pystdlib"), ((3, 4),))]
@@ -122,7 +123,7 @@ def main() -> None:
             table.row(f"{setting}: clause", setting.clause, number)
         setting.forget()
         if table.rows:
-            table.facts |= summary(table.rows)
+            table.facts |= summary(table.rows, list(WAYS))
             table.write()
     for part, title in (
         ("spent", "bought at one budget"),
@@ -459,126 +460,6 @@ WAYS: dict[str, Callable[[Setting], list]] = {
 @torch.no_grad()
 def held(model, batches):
     return sum(float(language_loss(model, batch)) for batch in batches) / len(batches)
-
-
-def summary(rows):
-    """The tables, and where the rows came from, which may be other machines than the last."""
-    facts = {
-        name: " and ".join(sorted({str(row[name]) for row in rows.values()}))
-        for name in ("device", "torch")
-    }
-    return facts | {"spent": spent(rows), "against": against(rows), "clause": clause(rows)}
-
-
-def by_case(rows):
-    """The rows of each model, fold and moment."""
-    found = {}
-    for row in rows:
-        groups = [list(group) for group in row["groups"]]
-        found.setdefault(f"{row['model']}, {groups}, {row['moment']}", []).append(row)
-    return found
-
-
-def spent(rows):
-    """Held-out loss that one budget bought, over settings, and paired with the random choice."""
-    table = []
-    for case, mine in by_case([row for row in rows.values() if "way" in row]).items():
-        runs = {(str(row["groups"]), row["seed"], row["way"]): row for row in mine}
-        for way in WAYS:
-            done = [key for key in runs if key[2] == way and (*key[:2], "nothing") in runs]
-            if way == "nothing" or not done:
-                continue
-            gains = [runs[*k[:2], "nothing"]["loss"] - runs[k]["loss"] for k in done]
-            over = [
-                runs[*k[:2], "random"]["loss"] - runs[k]["loss"]
-                for k in done
-                if (*k[:2], "random") in runs
-            ]
-            bought, better = spread(gains), spread(over or [math.nan])
-            table.append(
-                {
-                    "spent on": f"{case}: {way}",
-                    "added": int(statistics.mean(runs[k]["added"] for k in done)),
-                    "gain": bought["mean"],
-                    "half_width": bought["half_width"],
-                    "over_random": better["mean"],
-                    "its_half_width": better["half_width"],
-                    "settings": len(done),
-                }
-            )
-    return table
-
-
-DEVELOPED = {
-    ("stories260K", "[[1, 2], [3, 4]]", 0),
-    ("tiny", "[[2, 3, 4, 5], [6, 7, 8, 9]]", 0),
-    ("babyllama105", "[[1, 2], [3, 4]]", 2),
-}
-"""Models, folds and seeds that the trial was chosen on and the scales were noticed on."""
-
-
-OTHERS = ("random", "everywhere", "first", "last", "audit (adam)", "trial", "scales")
-
-
-def against(rows):
-    """How far the trial, private scales and both end below each other way, paired by setting.
-
-    Without the settings that they were developed on.
-    """
-    losses = {}
-    for row in rows.values():
-        setting = row["model"], str([list(group) for group in row["groups"]]), row["seed"]
-        if "way" in row and setting not in DEVELOPED:
-            losses.setdefault((*setting, row["moment"]), {})[row["way"]] = row["loss"]
-    models = dict.fromkeys((key[0], key[3]) for key in losses)
-    table = []
-    for model, moment in [*models, *(("all models", moment) for moment in MOMENTS)]:
-        mine = [
-            ways
-            for key, ways in losses.items()
-            if key[3] == moment and model in (key[0], "all models")
-        ]
-        for way, other in itertools.product(("scales and copies", "scales", "trial"), OTHERS):
-            if way != other:
-                found = [w[other] - w[way] for w in mine if {way, other} <= w.keys()]
-                if len(found) > 2:
-                    better = spread(found)
-                    table.append(
-                        {
-                            "ways": f"{model}, {moment}: {way} against {other}",
-                            "better_by": better["mean"],
-                            "half_width": better["half_width"],
-                            "wins": sum(value > 0 for value in found),
-                            "settings": len(found),
-                        }
-                    )
-    return table
-
-
-def clause(rows):
-    """Rank correlation of predicted and realised gain inside each row, averaged over rows.
-
-    The interval is a bootstrap over trials, resampled inside each row.
-    """
-    table = []
-    tried = [row for row in rows.values() if "trials" in row]
-    cases = by_case(tried)
-    for row in tried:
-        cases.setdefault(f"{row['model']}, all folds, {row['moment']}", []).append(row)
-    for case, mine in cases.items():
-        for predictor in ("adam", "adam, far", "trial", "added"):
-            pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
-            rho, low, high = rank_correlation(pairs)
-            table.append(
-                {
-                    "trials": f"{case}: {predictor}",
-                    "count": sum(map(len, pairs)),
-                    "rho": rho,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return table
 
 
 def _short(value):
