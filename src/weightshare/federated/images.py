@@ -54,7 +54,7 @@ def _idx(path: Path, dimensions: int) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); give digits, or a folder with MNIST's four "
-            ".gz files or with the movie reviews."
+            ".gz files or with the movie reviews; text by domain needs --model."
         ) from error
     magic, *shape = np.frombuffer(raw, ">u4", 1 + dimensions).tolist() if len(raw) > 16 else [0]
     head = 4 * (1 + dimensions)
