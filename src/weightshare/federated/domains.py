@@ -1,9 +1,8 @@
 """Text by domain, dealt to the participants of a federation of adapters."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from weightshare.data import locate
 from weightshare.errors import UserError
 from weightshare.federated.local import Examples
 from weightshare.language import Windows, read_documents, windows
-from weightshare.language.text import TEXT_SUFFIXES, read_text
+from weightshare.language.text import TEXT_SUFFIXES, read_rows
 
 HELD_OUT = 0.1
 """Share of each domain's windows that everybody is tested on: its last ones."""
@@ -37,10 +36,9 @@ def read_domains(source: str) -> dict[str, list[str]]:
             if part.is_dir() or part.name.endswith(TEXT_SUFFIXES):
                 domains[part.name.split(".")[0]] = read_documents(part)
     else:
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            if line.strip():
-                domain, text = _line(path, number, line)
-                domains.setdefault(domain, []).append(text)
+        wanted = 'a JSON object with "domain" and "text"; correct it.'
+        for domain, text in read_rows(path, _domain_and_text, wanted):
+            domains.setdefault(domain, []).append(text)
     if len(domains) < 2:
         raise UserError(
             f"{source} holds {len(domains)} domain(s) of text; give a folder with a text file for "
@@ -49,16 +47,10 @@ def read_domains(source: str) -> dict[str, list[str]]:
     return domains
 
 
-def _line(path: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-        domain, text = row["domain"], row["text"]
-    except (ValueError, KeyError, TypeError):
-        domain = text = None
+def _domain_and_text(row: Any, where: str) -> tuple[str, str]:
+    domain, text = row["domain"], row["text"]
     if not isinstance(domain, str) or not isinstance(text, str):
-        raise UserError(
-            f'Line {number} of {path} is not a JSON object with "domain" and "text"; correct it.'
-        )
+        raise TypeError(f"a field on {where} is not a string")
     return domain, text
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightshare.errors import UserError
-from weightshare.language.text import IGNORED, read_text
+from weightshare.language.text import IGNORED, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +32,8 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"No instruction file at {path}; give a .jsonl or .jsonl.gz file.")
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    rows = [_instruction(path, number, line) for number, line in lines if line.strip()]
+    wanted = 'a JSON object with "prompt" (or "instruction") and "response"; correct the line.'
+    rows = read_rows(path, _instruction, wanted)
     kept = [row for row in rows if row.prompt and row.response]
     if not kept:
         raise UserError(f"{path} holds no instruction; give rows with a prompt and a response.")
@@ -89,17 +88,10 @@ def _written(tokenizer: PreTrainedTokenizerBase, row: Instruction) -> tuple[list
     return ids(opened), ids(whole[len(opened) :])
 
 
-def _instruction(path: Path, number: int, line: str) -> Instruction:
-    try:
-        row = json.loads(line)
-        prompt = row["prompt"] if "prompt" in row else row["instruction"]
-        parts: Sequence[Any] = (prompt, row.get("context") or "", row["response"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'Line {number} of {path} is not a JSON object with "prompt" (or "instruction") and '
-            '"response"; correct the line.'
-        ) from error
+def _instruction(row: Any, where: str) -> Instruction:
+    prompt = row["prompt"] if "prompt" in row else row["instruction"]
+    parts: Sequence[Any] = (prompt, row.get("context") or "", row["response"])
     if not all(isinstance(part, str) for part in parts):
-        raise UserError(f"A field on line {number} of {path} is not a string; correct the line.")
+        raise UserError(f"A field on {where} is not a string; correct the line.")
     prompt, context, response = (part.strip() for part in parts)
     return Instruction(f"{prompt}\n\n{context}" if context else prompt, response)

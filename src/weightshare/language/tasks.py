@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from weightshare.data.lookup import locate
 from weightshare.errors import UserError
 from weightshare.language.likelihood import Likelihood, Pair, log_likelihoods
-from weightshare.language.text import read_text
+from weightshare.language.text import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,8 +88,11 @@ def read_task(task: str | Path) -> Task:
     path = locate(task)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a task; give one of the .jsonl files in it.")
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    read = [_example(path, number, line) for number, line in lines if line.strip()]
+    wanted = (
+        'an example: give "context", "choices" and "answer", or "contexts", "continuation" and '
+        '"answer", or "context" and "continuation".'
+    )
+    read = read_rows(path, _example, wanted)
     kinds = sorted({kind for kind, _ in read})
     if len(kinds) != 1:
         raise UserError(
@@ -212,28 +214,16 @@ def _best(row: Sequence[Likelihood], lengths: Sequence[int] | None = None) -> in
     return int(np.argmax([one.total / by for one, by in zip(row, lengths, strict=True)]))
 
 
-def _example(path: Path, number: int, line: str) -> tuple[str, Example]:
-    try:
-        row: dict[str, Any] = json.loads(line)
-        if "choices" in row:
-            kind, pairs = "choice", tuple((row["context"], choice) for choice in row["choices"])
-        elif "contexts" in row:
-            kind, pairs = "partial", tuple((one, row["continuation"]) for one in row["contexts"])
-        else:
-            kind, pairs = "last word", ((row["context"], row["continuation"]),)
-        answer = 0 if kind == "last word" else row["answer"]
-        fits = isinstance(answer, int) and 0 <= answer < len(pairs)
-        fits = fits and all(isinstance(text, str) for pair in pairs for text in pair)
-        fits = fits and all(more for _, more in pairs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(_unfit(path, number)) from error
-    if not fits:
-        raise UserError(_unfit(path, number))
+def _example(row: Any, where: str) -> tuple[str, Example]:
+    if "choices" in row:
+        kind, pairs = "choice", tuple((row["context"], choice) for choice in row["choices"])
+    elif "contexts" in row:
+        kind, pairs = "partial", tuple((one, row["continuation"]) for one in row["contexts"])
+    else:
+        kind, pairs = "last word", ((row["context"], row["continuation"]),)
+    answer = 0 if kind == "last word" else row["answer"]
+    fits = isinstance(answer, int) and 0 <= answer < len(pairs)
+    fits = fits and all(isinstance(text, str) for pair in pairs for text in pair)
+    if not fits or not all(more for _, more in pairs):
+        raise ValueError(f"the example on {where} does not fit together")
     return kind, Example(pairs, answer)
-
-
-def _unfit(path: Path, number: int) -> str:
-    return (
-        f'Line {number} of {path} is not an example: give "context", "choices" and "answer", or '
-        '"contexts", "continuation" and "answer", or "context" and "continuation".'
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from weightshare.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = TypeVar("Row")
 
 IGNORED = -100
 """The label of a position that is no target (the convention of torch and transformers)."""
@@ -253,12 +255,11 @@ def pad(
 
 
 def _documents(path: Path) -> list[str]:
-    text = read_text(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = enumerate(text.split("\n"), start=1)
-        documents = [_json_text(path, number, line) for number, line in rows if line.strip()]
+        wanted = 'a JSON object with a "text" field; correct the line.'
+        documents = read_rows(path, _json_text, wanted)
     else:
-        documents = text.split(SEPARATOR)
+        documents = read_text(path).split(SEPARATOR)
     return [document for document in documents if document.strip()]
 
 
@@ -277,15 +278,27 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'Line {number} of {path} is not a JSON object with a "text" field; correct the line.'
-        ) from error
+def read_rows(path: Path, take: Callable[[Any, str], Row], wanted: str) -> list[Row]:
+    """What ``take`` makes of the JSON on each line of a file; blank lines are passed over.
+
+    ``take`` is given the value and where it stands ("line 3 of FILE"); a value that it cannot take
+    apart (``KeyError``, ``TypeError``, ``ValueError``, ``AttributeError``) is said to be none of
+    what is ``wanted``.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append(take(json.loads(line), f"line {number} of {path}"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"Line {number} of {path} is not {wanted}") from error
+    return found
+
+
+def _json_text(row: Any, where: str) -> str:
+    text = row["text"]
     if not isinstance(text, str):
-        raise UserError(f'"text" on line {number} of {path} is not a string; correct the line.')
+        raise UserError(f'"text" on {where} is not a string; correct the line.')
     return text
 
 
