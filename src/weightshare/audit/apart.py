@@ -18,7 +18,7 @@ judges prices every unsharing. Half of these batches choose the groups, the othe
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from weightshare.audit.findings import Finding
 from weightshare.audit.layers import Layer
-from weightshare.audit.steps import Loss, Offsets, dense, step
+from weightshare.audit.steps import Loss, Offsets, dense, slope_along, step
 from weightshare.audit.suggest import Suggestion, by_rank, nothing
 from weightshare.audit.unsharing import KINDS, Kind, Unsharing
 from weightshare.errors import UserError
@@ -136,7 +136,7 @@ class Apart:
         for row, batch in zip(credits, self.pricing, strict=True):
             slopes = self.slopes(batch)
             for number, (offsets, _) in enumerate(steps):
-                row[number] = -_inner(slopes, offsets)
+                row[number] = -slope_along(slopes, offsets)
         errors = credits.std(dim=0) / math.sqrt(len(self.pricing))
         return [
             Suggestion(
@@ -185,15 +185,6 @@ def _grouped(layer: Layer, credits: Tensor, count: int) -> tuple[tuple[str, ...]
         return None
     return tuple(
         tuple(layer.users[u] for u in group if u not in chosen.undefined) for group in chosen.groups
-    )
-
-
-def _inner(slopes: Mapping[str, Mapping[Any, Tensor]], offsets: Offsets) -> float:
-    return sum(
-        float((slopes[name][use] * offset).sum(dtype=torch.float64))
-        for name, each in offsets.items()
-        for use, offset in each.items()
-        if use in slopes.get(name, {})
     )
 
 

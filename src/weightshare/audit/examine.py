@@ -162,18 +162,22 @@ def audit(
         advice, apart = [], None
         if suggestions and trial:
             progress(f"training every use apart for {len(trial)} steps")
-            options: Any = {"learning_rate": learning_rate, "seed": seed}
-            apart = Apart(inner, trial, batches[:used], loss, layers, **options)
+            apart = Apart(
+                inner, trial, batches[:used], loss, layers, learning_rate=learning_rate, seed=seed
+            )
             advice = suggest_apart(apart, findings, groups=groups, rank=rank)
         elif suggestions:
-            options = {
-                "rank": rank,
-                "metric": metric,
-                "reach": reach,
-                "reduce": reduce,
-                "progress": progress,
-            }
-            advice = suggest(inner, batches[:used], loss, findings, **options)
+            advice = suggest(
+                inner,
+                batches[:used],
+                loss,
+                findings,
+                rank=rank,
+                metric=metric,
+                reach=reach,
+                reduce=reduce,
+                progress=progress,
+            )
     return Audit(findings, advice, size(inner), used, apart=apart)
 
 

@@ -124,6 +124,16 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :rank], s[:rank], v[:, :rank].T
 
 
+def slope_along(gradients: Mapping[str, Mapping[Use, Any]], offsets: Offsets) -> float:
+    """The loss's slope along the offsets; a use without a gradient has none."""
+    return sum(
+        float((dense(gradients[name][use]) * offset).sum(dtype=torch.float64))
+        for name, uses in offsets.items()
+        for use, offset in uses.items()
+        if use in gradients.get(name, {})
+    )
+
+
 def unit(model: nn.Module, offsets: Offsets) -> float:
     """The multiple of the offsets that has the norm of the weights they move."""
     weights = sum(

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from weightshare.audit.findings import Finding
@@ -33,9 +32,9 @@ from weightshare.audit.steps import (
     Reduce,
     alone,
     curvature,
-    dense,
     mean_gradients,
     silent,
+    slope_along,
     step,
     unit,
 )
@@ -205,12 +204,7 @@ def predict(
             progress(f"worked out unsharing {len(result) + 1} of {len(unsharings)}")
             offsets, bases = step(model, unsharing, directing, spread if metric == "adam" else {})
             norm = unit(model, offsets)
-            slope = sum(
-                float((dense(measuring[name][use]) * offset).sum(dtype=torch.float64))
-                for name, uses in offsets.items()
-                for use, offset in uses.items()
-                if use in measuring.get(name, {})
-            )
+            slope = slope_along(measuring, offsets)
             result[number] = Suggestion(
                 unsharing,
                 added=unsharing.added(model),

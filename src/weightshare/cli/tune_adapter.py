@@ -48,8 +48,8 @@ def target_modules(config: TuneConfig, source: "LanguageModel") -> str | list[st
     names = [part.strip() for part in config.target_modules.split(",") if part.strip()]
     if names == ["all-linear"]:
         return "all-linear"
+    modules = [module for module, _ in source.model.named_modules()]
     for name in names:
-        modules = [module for module, _ in source.model.named_modules()]
         if not any(module == name or module.endswith(f".{name}") for module in modules):
             there = {target.name.rsplit(".", 1)[-1] for target in linear_targets(source.model)}
             raise UserError(

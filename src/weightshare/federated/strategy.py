@@ -169,7 +169,6 @@ class ReputationStrategy(Strategy):
         self.last = judged
         for name in updates.keys() & self.standing.inactive.keys():
             self._return(name)
-        received = 4 * len(self.initial) * len(present)
         return None, MetricRecord(
             {
                 "round": number,
@@ -179,7 +178,7 @@ class ReputationStrategy(Strategy):
                 "expelled": len(self.standing.expelled),
                 "below-threshold": len(judged.below) if judged else 0,
                 "bytes-sent": self._bytes,
-                "bytes-received": received,
+                "bytes-received": 4 * len(self.initial) * len(present),
             }
         )
 
