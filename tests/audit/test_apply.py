@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from models import Cropped, Looped, TiedHead, TwoModules, batch
+from models import Cropped, Looped, Recurrent, TiedHead, TwoModules, batch
 from torch import nn
 
 from weightshare.audit import Unsharing, apply, audit, merge
@@ -41,7 +41,7 @@ def suggestion(model, kind, rank=1):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [Blocks, TwoModules, Looped])
+@pytest.mark.parametrize("make", [Blocks, TwoModules, Looped, Recurrent])
 def test_nothing_changes_before_the_first_step(make, kind):
     torch.manual_seed(0)
     model = make()
@@ -56,7 +56,7 @@ def test_nothing_changes_before_the_first_step(make, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [Blocks, Looped])
+@pytest.mark.parametrize("make", [Blocks, Looped, Recurrent])
 def test_the_groups_can_then_go_their_own_way(make, kind):
     torch.manual_seed(0)
     model = make()

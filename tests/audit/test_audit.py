@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import Cropped, Looped, Sliced, TiedHead, TwoModules, batch
+from models import Cropped, Looped, Recurrent, Sliced, TiedHead, TwoModules, batch
 from torch import nn
 
 from weightshare.audit import audit, similar
@@ -87,7 +87,7 @@ def test_per_tensor_looks_at_each():
     ]
 
 
-@pytest.mark.parametrize("kind", [Looped, TwoModules, TiedHead, Cropped, Sliced])
+@pytest.mark.parametrize("kind", [Looped, Recurrent, TwoModules, TiedHead, Cropped, Sliced])
 def test_every_kind_of_sharing_is_audited(kind):
     torch.manual_seed(0)
     found = audit(kind(), batches(), lambda m, x: m(x).square().mean(), suggestions=False)

@@ -30,6 +30,21 @@ class Looped(nn.Module):
         return x
 
 
+class Recurrent(nn.Module):
+    """One encoder layer runs three times; its attention reads the weights of a child it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(3, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inp(x)
+        for _ in range(3):
+            x = self.layer(x)
+        return x
+
+
 class TwoModules(nn.Module):
     """Two modules hold one Parameter."""
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from models import SHARED, Looped, TiedHead, TwoModules, batch, loss_of, twins
+from models import SHARED, Looped, Recurrent, TiedHead, TwoModules, batch, loss_of, twins
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -53,6 +53,10 @@ def test_uses_are_named_by_who_reads_the_weight_and_when():
         found = uses.gradients(loss_of(model, batch(dtype=torch.float32)))
     assert list(found["blocks.0.1.weight"]) == [Use("blocks.0.1", "weight", i) for i in range(4)]
     assert list(found["inp.weight"]) == [Use("inp", "weight")]
+    with per_use(model := Recurrent()) as uses:
+        found = uses.gradients(loss_of(model, batch(dtype=torch.float32)))
+    projection = "layer.self_attn.out_proj"
+    assert list(found[f"{projection}.bias"]) == [Use(projection, "bias", i) for i in range(3)]
     with per_use(model := TiedHead()) as uses:
         found = uses.gradients(loss_of(model, batch(dtype=torch.float32)))
     assert [str(u) for u in found["embedding.weight"]] == ["embedding.weight", "embedding.weight"]

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from models import Recurrent
 from torch import nn
 
 from weightshare.errors import UserError
@@ -59,6 +60,15 @@ def test_a_module_that_runs_three_times_has_three_uses_and_leaves_no_trace():
     }
     assert torch.equal(before, torch.random.get_rng_state())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_attention_runs_its_output_projection_as_often_as_itself():
+    model = Recurrent()
+    found = find_shared(model, (torch.randn(5, 3),))
+    assert {s.name: len(s.uses) for s in found} == {
+        f"layer.{name}": 3 for name, _ in model.layer.named_parameters()
+    }
+    assert size(model, (torch.randn(5, 3),)).saved == 2 * size(model.layer).unique
 
 
 def test_one_module_under_several_names_counts_like_one_that_runs_several_times():

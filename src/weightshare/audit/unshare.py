@@ -12,6 +12,7 @@ from weightshare.audit.unsharing import SAYS, Unsharing
 from weightshare.errors import UserError
 from weightshare.sharing import Use
 from weightshare.sharing.aliases import recomputing
+from weightshare.sharing.uses import acting
 
 if TYPE_CHECKING:
     from weightshare.folding import FoldPlan
@@ -148,7 +149,7 @@ class PerCall(nn.Module):
         self.call = -1
 
     def next_call(self, *_: Any) -> None:
-        """Hook of the module that holds the weight."""
+        """Hook of the module that reads the weight."""
         if recomputing():
             raise UserError(
                 "the runs of an unshared loop cannot be told apart when checkpointing recomputes "
@@ -254,6 +255,7 @@ def _by_call(
     if make.idle:
         return
     module = model.get_submodule(place[0])
+    runner = next(m for m in model.modules() if module in acting(m))
     calls = {use.call: number for number, uses in groups.items() for use in uses}
     per_call = PerCall(
         [calls.get(call, 0) for call in range(max(calls) + 1)],
@@ -261,4 +263,4 @@ def _by_call(
     )
     parametrize.register_parametrization(module, place[1], per_call, unsafe=True)
     model.register_forward_pre_hook(per_call.begin, prepend=True)
-    module.register_forward_pre_hook(per_call.next_call)
+    runner.register_forward_pre_hook(per_call.next_call)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 from weightshare.errors import UserError
 from weightshare.sharing.ghost import GhostLinear
 from weightshare.sharing.gradients import Gradients, Keep, Kept, check_finite, check_loss
-from weightshare.sharing.uses import Use, View, find_uses
+from weightshare.sharing.uses import Use, View, acting, find_uses
 
 
 class PerUse:
@@ -222,10 +222,12 @@ class _Aliasing:
         self.amount = amount
         self.model = model
         self.ids = {id(parameter) for parameter in record.names}
+        self.paths = {module: path for path, module in model.named_modules()}
         self.own = {
-            (module, parameter): name
+            (module, parameter): (self.paths[holder], name)
             for module in model.modules()
-            for name, parameter in module._parameters.items()
+            for holder in acting(module)
+            for name, parameter in holder._parameters.items()
             if parameter is not None
         }
         declared = any(hasattr(module, "shared_uses") for module in model.modules())
@@ -235,7 +237,6 @@ class _Aliasing:
             for u in uses
             if u.view
         }
-        self.paths = {module: path for path, module in model.named_modules()}
         self.aliases: dict[tuple[nn.Parameter, Use], Tensor] = {}
         self.calls: Counter[nn.Module] = Counter()
         self.running: list[tuple[nn.Module, int]] = []
@@ -280,8 +281,9 @@ class _Aliasing:
             self.aliases.clear()
             self.record.calls.clear()
         self.running.append((module, self.calls[module]))
-        self.calls[module] += 1
-        self.record.calls[self.paths[module]] = self.calls[module]
+        for runs in acting(module):
+            self.calls[runs] += 1
+            self.record.calls[self.paths[runs]] = self.calls[runs]
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if not recomputing() and self.running:
@@ -314,8 +316,8 @@ class _Aliasing:
             path, name = (known.module, known.name) if known else (self.paths[module], label)
             return Use(path, name, call, view)
         # A module may read a weight that another one holds: the reader is the user.
-        name = self.own.get((module, parameter)) or self.record.names[parameter]
-        return Use(self.paths[module], name, call)
+        foreign = self.paths[module], self.record.names[parameter]
+        return Use(*self.own.get((module, parameter), foreign), call)
 
     def read(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """``func`` with the aliases of the weights among its arguments."""

@@ -120,7 +120,7 @@ def count_calls(model: nn.Module, example: Any) -> dict[nn.Module, int]:
     calls: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, _: Any) -> None:
-        calls[module] += 1
+        calls.update(acting(module))
 
     handles = [m.register_forward_pre_hook(count) for m in model.modules()]
     try:
@@ -130,6 +130,14 @@ def count_calls(model: nn.Module, example: Any) -> dict[nn.Module, int]:
         for handle in handles:
             handle.remove()
     return dict(calls)
+
+
+def acting(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules whose weights a run of ``module`` reads in their place, itself first.
+
+    Attention computes with its output projection's weights and never calls it.
+    """
+    return (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,)
 
 
 def run(model: nn.Module, example: Any) -> Any:
