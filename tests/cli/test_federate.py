@@ -122,6 +122,7 @@ def test_observing_removes_nobody(tmp_path):
         (["digits", "--decay", "2"], "--decay is 2"),
         (["digits", "--samples", "99999"], "1297 training samples"),
         (["digits", "--participants", "900"], "too few"),
+        (["digits", "--participants", "20", "--samples", "40", "--partition", "pow"], "too few"),
         (["digits", "--strategy", "magic"], "it takes reputation"),
         (["nowhere"], "No data set"),
         (["mnist"], "cannot be read"),
@@ -141,9 +142,11 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
 
 
 def test_a_finished_run_that_is_resumed_stays_what_it_is(finished):
-    before = (finished / "checkpoint.safetensors").read_bytes()
+    parts = ("checkpoint.safetensors", "tables/participants.json")
+    before = [(finished / part).read_bytes() for part in parts]
     assert federate(finished, *QUICK, "--attack", "label_flip", "--adversaries", 1, "--resume") == 0
-    assert (finished / "checkpoint.safetensors").read_bytes() == before
+    assert [(finished / part).read_bytes() for part in parts] == before
+    assert '"quota": 1.0' in (finished / parts[1]).read_text()
 
 
 def test_a_refusal_leaves_no_folder_that_would_bar_the_next_try(tmp_path, capsys):

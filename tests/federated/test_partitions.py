@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from weightshare.errors import UserError
-from weightshare.federated import ATTACKS, deal, fairness
+from weightshare.federated import ATTACKS, FederateConfig, deal, fairness
 from weightshare.federated.attacks import Crowd, Situation
 from weightshare.federated.partitions import class_counts, power_sizes
 
@@ -44,18 +44,53 @@ def test_nothing_is_dealt_twice_and_nothing_is_left(partition):
     assert sum(map(len, deal(LABELS, partition, 7, samples=700).honest)) == 700
 
 
-def test_too_few_samples_are_refused():
-    with pytest.raises(UserError, match="too few"):
-        deal(LABELS[:15], "uniform", 10)
+@pytest.mark.parametrize(
+    ("short", "long"), [("uni", "uniform"), ("pow", "power"), ("cla", "classes")]
+)
+def test_the_papers_names_are_the_same_partitions(short, long):
+    one, other = (deal(LABELS, name, 6, 2, seed=4).honest for name in (short, long))
+    assert all((a == b).all() for a, b in zip(one, other, strict=True))
+    assert FederateConfig("digits", partition=short) == FederateConfig("digits", partition=long)
+
+
+@pytest.mark.parametrize(
+    ("labels", "partition", "options"),
+    [
+        (LABELS[:15], "uniform", {"participants": 10}),
+        (LABELS[:40], "power", {"participants": 20}),
+        ([], "uniform", {"participants": 1}),
+        (LABELS, "even", {"participants": 3}),
+        (LABELS, "uniform", {"participants": 0}),
+        (LABELS, "uniform", {"participants": 3, "adversaries": -1}),
+        (LABELS, "dirichlet", {"participants": 3, "concentration": 0.0}),
+        (LABELS, "uniform", {"participants": 3, "samples": 3001}),
+        (LABELS, "uniform", {"participants": 3, "samples": -5}),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(labels, partition, options):
+    with pytest.raises(UserError):
+        deal(labels, partition, **options)
+
+
+@pytest.mark.parametrize("partition", ["uniform", "power", "classes", "dirichlet"])
+@pytest.mark.parametrize("rows", [13, 41, 200])
+def test_nobody_is_dealt_nothing(partition, rows):
+    labels = np.repeat([0, 1, 2], [rows - 2, 1, 1])
+    for participants in (1, 2, 5):
+        shards = deal(labels, partition, participants, 1)
+        assert all(map(len, shards.honest)) and all(map(len, shards.adversaries))
 
 
 def test_fairness_of_training_alone_is_a_hundred_and_of_equals_undefined():
     alone = [0.7, 0.8, 0.85, 0.9]
     assert fairness(alone, alone).value == pytest.approx(100)
     assert fairness(alone, [1 - a for a in alone]).value == pytest.approx(-100)
-    for pair in ((alone, [0.9] * 4), ([0.9] * 4, alone), ([0.1], [0.2])):
+    unknown = [0.1, 0.2, 0.3, np.nan]
+    for pair in ((alone, [0.9] * 4), ([0.9] * 4, alone), ([0.1], [0.2]), (alone, unknown)):
         undefined = fairness(*pair)
         assert np.isnan(undefined.value) and undefined.reason
+    with pytest.raises(UserError, match="both"):
+        fairness(alone, alone[:3])
 
 
 def situation(round_number=1, honest=(), seed=0):

@@ -361,6 +361,30 @@ def test_rules_out_of_range_are_refused(field):
         ReputationConfig(**{field: -1})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("normalisation", "none"), ("start", 0), ("reward", "tan"), ("smoothing", "0.9"),
+     ("patience", 1.5), ("patience", True), ("observe", 1), ("threshold", None)],
+)  # fmt: skip
+def test_rules_of_another_kind_are_refused(field, value):
+    with pytest.raises(UserError, match=f"{field} is"):
+        ReputationConfig(**{field: value})
+
+
+@pytest.mark.parametrize("bad", [{"a": 0, "b": 0}, {"a": -1, "b": 2}, {"a": np.nan, "b": 2}])
+def test_sizes_that_are_none_are_refused(bad):
+    with pytest.raises(UserError, match="attested sizes"):
+        Standing.begin("ab", ReputationConfig(start="attested"), bad)
+
+
+@pytest.mark.parametrize("row", [np.ones(4), np.ones((5, 1)), np.full(5, np.nan)])
+def test_updates_that_are_no_vectors_are_refused(row):
+    config = ReputationConfig()
+    updates = {"a": np.ones(5, np.float32), "b": row.astype(np.float32)}
+    with pytest.raises(UserError, match="update of 'b'"):
+        assess(Standing.begin("ab", config), updates, config)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("size", [50, 3 * BLOCK + 17])
 def test_blocks_and_one_dense_product_on_any_device_agree(device, size):

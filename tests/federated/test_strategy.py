@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from weightshare.errors import UserError
-from weightshare.federated import LocalConfig, ReputationConfig, wire
+from weightshare.federated import LocalConfig, ReputationConfig, ReputationStrategy, wire
 from weightshare.federated.grid import InProcessGrid, each_app
 from weightshare.federated.participant import client_app
 from weightshare.federated.reputation import trajectory
 from weightshare.federated.roster import Roster, fingerprint
-from weightshare.federated.strategy import ReputationStrategy
+from weightshare.training import checkpoint
 
 SIZE = 400
 ROBUST = replace(ReputationConfig.robust(), first_weights="uniform")
@@ -110,6 +111,25 @@ def test_a_removed_participant_can_be_readmitted_at_the_threshold(federation):
         here.strategy.readmit("nobody")
     with pytest.raises(UserError, match="takes part already"):
         here.strategy.readmit("p1")
+
+
+def test_the_readmitted_begin_with_a_clean_sheet(federation):
+    here = federation(4)
+    while "p2" not in here.strategy.suspended:
+        here.cohort.memories.pop("p2", None)
+        here.run(1)
+    here.strategy.readmit("p2")
+    here.run(1)
+    here.cohort.memories.pop("p2")
+    here.run(2)
+    assert "p2" in here.asked and "p2" not in here.strategy.suspended
+
+
+def test_strangers_have_no_model_and_no_statement(federation):
+    strategy = federation(3).run(1).strategy
+    for asked in (strategy.model_of, strategy.reward_of, strategy.statement):
+        with pytest.raises(UserError, match="not in the roster"):
+            asked("p9")
 
 
 def test_observing_removes_nobody_and_says_who_would_be(federation):
@@ -269,6 +289,9 @@ def test_a_checkpoint_of_something_else_is_refused(federation, tmp_path):
         more.run()
     watching = federation(3, replace(ReputationConfig(), observe=True))
     assert watching.strategy.restore(tmp_path) == 1
+    checkpoint.save(tmp_path, 2, {"weights": torch.zeros(3)}, {})
+    with pytest.raises(UserError, match="schema None"):
+        federation(3).strategy.restore(tmp_path)
 
 
 class Foreign(Grid):
@@ -363,8 +386,14 @@ def test_an_app_that_fails_costs_nobody_else_the_round(federation):
 
 
 def test_bad_models_are_refused_at_the_door():
-    with pytest.raises(UserError, match="float32"):
-        ReputationStrategy(np.zeros(4))
+    for bad in (np.zeros(4), [0.0] * 4, np.zeros((2, 2), np.float32)):
+        with pytest.raises(UserError, match="float32"):
+            ReputationStrategy(bad)
+    with pytest.raises(UserError, match="not finite"):
+        ReputationStrategy(np.full(4, np.nan, np.float32))
     with pytest.raises(UserError, match="layers"):
         ReputationStrategy(np.zeros(4, np.float32), ReputationConfig(quota="layer"), layers=[3])
     assert LocalConfig().decay == 0.977
+    for bad in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": -1.0}, {"decay": 2.0}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            LocalConfig(**bad)

@@ -111,6 +111,12 @@ def participant_rows(here: "Simulation", alone: dict[str, float]) -> list[dict[s
     """The table of participants."""
     found, strategy = here.accuracies(), here.reputation
     rows = []
+    quotas: dict[str, float] = {}
+    if strategy is not None:
+        # From the log: a resumed run that had only its report to write has judged nobody itself.
+        last = strategy.standing.round
+        judged = [row for row in strategy.log.rows("judged") if row["round"] == last]
+        quotas = {row["name"]: row["quota"] for row in judged}
     for name in [*here.honest, *here.adversaries]:
         row: dict[str, Any] = {
             "participant": name,
@@ -122,9 +128,9 @@ def participant_rows(here: "Simulation", alone: dict[str, float]) -> list[dict[s
         if "loss" in found[name]:
             row["loss"] = round(found[name]["loss"], 4)
         if strategy is not None:
-            standing, judged = strategy.standing, strategy.last
+            standing = strategy.standing
             row["reputation"] = round(standing.reputation.get(name, 0.0), 4)
-            row["quota"] = round(judged.quotas.get(name, 0.0), 3) if judged else 0.0
+            row["quota"] = round(quotas.get(name, 0.0), 3)
             gone = standing.expelled.get(name)
             row["removed"] = int(gone["round"]) if gone else None
         rows.append(row)

@@ -2,10 +2,33 @@
 
 from dataclasses import dataclass, replace
 from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from weightshare.errors import UserError
+
+PartitionName = Literal["uniform", "power", "classes", "dirichlet", "uni", "pow", "cla"]
+SHORT: dict[str, Any] = {"uni": "uniform", "pow": "power", "cla": "classes"}
+"""The paper's names of the partitions."""
+
+KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+}
+
+
+def _check_kinds(config: Any) -> None:
+    """Refuse a value that is not what its field is declared to be."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
+            raise UserError(f"{name} is {value!r}; give one of {', '.join(choices)}.")
+        if hint in KINDS:
+            kind, said = KINDS[hint]
+            if not isinstance(value, kind) or isinstance(value, bool) != (hint is bool):
+                raise UserError(f"{name} is {value!r}; give {said}.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class ReputationConfig:
     observe: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         ranges = {
             "smoothing": (0, 1),
             "threshold": (0, 1),
@@ -159,8 +183,9 @@ class FederateConfig:
         equivalent_rank: with model, as many weights travel as LoRA of this rank has.
         length: with model, tokens of a sample.
         participants: honest participants (with model, as many as there are domains).
-        partition: how the samples are dealt: equal parts (uniform), sizes on a line from 1 to 16
-            (power), 1 to all classes (classes), or class shares from a Dirichlet law.
+        partition: how the samples are dealt: equal parts (uniform, or uni), sizes on a line from 1
+            to 16 (power, or pow), 1 to all classes (classes, or cla), or class shares from a
+            Dirichlet law.
         attack: what the adversaries do.
         adversaries: how many, beside the honest ones; each holds half an honest share of samples.
         strategy: the server's rule. reputation, reference, cgsv, robust and examined are settings
@@ -194,7 +219,7 @@ class FederateConfig:
     equivalent_rank: int = 2
     length: int = 128
     participants: int = 10
-    partition: Literal["uniform", "power", "classes", "dirichlet"] = "uniform"
+    partition: PartitionName = "uniform"
     attack: Literal[
         "none",
         "free_rider",
@@ -247,12 +272,16 @@ class FederateConfig:
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "cpu"
 
+    def __post_init__(self) -> None:
+        self.partition = SHORT.get(self.partition, self.partition)
+
     def check(self) -> None:
         """Refuse what cannot be run.
 
         Raises:
             UserError: a number out of range, or options that do not go together.
         """
+        _check_kinds(self)
         least = {
             "participants": 1,
             "adversaries": 0,
@@ -344,3 +373,14 @@ class LocalConfig:
     decay: float = 0.977
     seed: int = 0
     optimizer: Literal["sgd", "adamw"] = "sgd"
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        for name, low in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; give a whole number >= {low}.")
+        if not (self.learning_rate > 0 and 0 < self.decay <= 1):
+            raise UserError(
+                f"learning_rate is {self.learning_rate} and decay {self.decay}; give a number "
+                "above 0, and one above 0 and at most 1."
+            )

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weightshare.errors import UserError
+from weightshare.federated.config import SHORT, PartitionName
 
 Rows = NDArray[np.int64]
 POWER = 1.65911332899
@@ -25,7 +26,7 @@ class Shards:
 
 def deal(
     labels: Sequence[int] | NDArray[np.int64],
-    partition: Literal["uniform", "power", "classes", "dirichlet"],
+    partition: PartitionName,
     participants: int,
     adversaries: int = 0,
     *,
@@ -43,12 +44,31 @@ def deal(
 
     Args:
         labels: class of each row, ``(n,)``.
+        partition: one of these names, or the paper's ``uni``, ``pow`` or ``cla``.
+        participants: honest ones, at least 1.
+        adversaries: others.
         samples: rows dealt in all; 0 for all there are.
+        concentration: of the Dirichlet law, above 0; the smaller, the more uneven.
+        seed: of the deal.
 
     Raises:
-        UserError: too few rows for so many participants.
+        UserError: no such partition, a number out of range, or too few rows for so many.
     """
     labels = np.asarray(labels)
+    if partition not in get_args(PartitionName):
+        raise UserError(
+            f"{partition!r} is no partition; give one of {', '.join(get_args(PartitionName))}."
+        )
+    if participants < 1 or adversaries < 0 or not concentration > 0:
+        raise UserError(
+            f"A deal to {participants} participants and {adversaries} adversaries of concentration "
+            f"{concentration}; give at least 1, at least 0 and a number above 0."
+        )
+    if not 0 <= samples <= len(labels):
+        raise UserError(
+            f"{samples} samples of {len(labels)} cannot be dealt; give fewer, or 0 for all."
+        )
+    partition = SHORT.get(partition, partition)
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(labels))[: samples or len(labels)]
     each = int(len(order) / (participants + adversaries / 2))
@@ -63,11 +83,18 @@ def deal(
     if partition == "uniform":
         honest = np.array_split(rows, participants)
     elif partition == "power":
-        honest = np.split(rows, np.cumsum(power_sizes(participants, len(rows)))[:-1])
+        edges = np.cumsum(power_sizes(participants, len(rows)))[:-1]
+        honest = np.split(rows, np.minimum(edges, len(rows)))
     elif partition == "classes":
         honest = _by_classes(labels, rows, participants, draw)
     else:
         honest = _dirichlet(labels, rows, participants, concentration, draw)
+    if not all(map(len, honest)):
+        # Each size but the last is rounded up, which can leave the last with nothing.
+        raise UserError(
+            f"{len(rows)} samples are too few for {participants} participants of unequal size; "
+            "give more, or fewer participants."
+        )
     return Shards(tuple(honest), tuple(np.array_split(evil, adversaries)) if adversaries else ())
 
 
@@ -88,7 +115,7 @@ def class_counts(participants: int, classes: int) -> list[int]:
 def _by_classes(
     labels: NDArray[np.int64], rows: Rows, participants: int, draw: np.random.Generator
 ) -> list[Rows]:
-    found = np.unique(labels)
+    found = np.unique(labels[rows])
     total = len(rows) // participants
     shards = []
     for count in class_counts(participants, len(found)):

@@ -89,7 +89,7 @@ def assess(
         The standing after the round, and how it came about.
 
     Raises:
-        UserError: nobody is live.
+        UserError: nobody is live, or an update is no finite vector of the others' length.
         ValueError: there is no update of a live participant (``missed`` counts such a round).
     """
     if not standing.reputation:
@@ -98,8 +98,7 @@ def assess(
     if not names:
         raise ValueError("a round without updates cannot be assessed")
     rows = [updates[name] for name in names]
-    known = squares or {n: squared_norm(row) for n, row in zip(names, rows, strict=True)}
-    norms = [sqrt(known[name]) for name in names]
+    norms = _norms(names, rows, squares)
     rows, norms, factors = _tamed(rows, norms)
     scales = [_scale(norm, config) for norm in norms]
     groups = copies_among(names, rows, norms, config.duplicates)
@@ -231,6 +230,22 @@ def trajectory(cosine: float, total: float, start: float, smoothing: float, roun
     memory = smoothing / (smoothing + (1 - smoothing) * total)
     limit = cosine / total
     return limit + memory**rounds * (start - limit)
+
+
+def _norms(
+    names: Sequence[str], rows: Sequence[Vector], squares: Mapping[str, float] | None
+) -> list[float]:
+    size = rows[0].size
+    for name, row in zip(names, rows, strict=True):
+        if row.shape != (size,):
+            raise UserError(
+                f"The update of {name!r} has shape {row.shape}; give vectors of one length."
+            )
+    known = squares or {n: squared_norm(row) for n, row in zip(names, rows, strict=True)}
+    for name in names:
+        if not isfinite(known[name]):
+            raise UserError(f"The update of {name!r} is not finite; leave it out.")
+    return [sqrt(known[name]) for name in names]
 
 
 def _tamed(

@@ -110,14 +110,17 @@ def shares(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def attested(names: Iterable[str], sizes: Mapping[str, float] | None) -> dict[str, float]:
-    """The sizes of ``names``; refused where one is missing."""
+    """The sizes of ``names``; refused where one is missing or no size."""
     names = list(names)
     if sizes is None or any(name not in sizes for name in names):
         raise UserError(
             "The rules weigh participants by attested numbers of samples, which are not given for "
             "all; give sizes, or use first_weights='uniform' and start='zero'."
         )
-    return {name: float(sizes[name]) for name in names}
+    found = {name: float(sizes[name]) for name in names}
+    if not (all(0 <= size < inf for size in found.values()) and sum(found.values()) > 0):
+        raise UserError(f"The attested sizes are {found}; give numbers >= 0 that are not all 0.")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -75,11 +75,14 @@ class ReputationStrategy(Strategy):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         flower.ensure_identity()
+        initial = np.asarray(initial)
         if initial.dtype != np.float32 or initial.ndim != 1 or not len(initial):
             raise UserError(
                 f"The initial weights are {initial.dtype} of shape {initial.shape}; give one flat "
                 "float32 vector."
             )
+        if not np.isfinite(initial).all():
+            raise UserError("The initial weights are not finite; give a model that computes.")
         self.config = config or ReputationConfig()
         if self.config.quota == "layer" and sum(layers or ()) != len(initial):
             raise UserError(
@@ -221,15 +224,16 @@ class ReputationStrategy(Strategy):
     # What an operator asks ----------------------------------------------------------------------
 
     def model_of(self, name: str) -> Vector:
-        """A participant's exact model, ``(D,)``."""
-        return self._model(name).copy()
+        """A participant's exact model, ``(D,)``; UserError where the roster does not have it."""
+        return self._model(self._known(name)).copy()
 
     def reward_of(self, name: str) -> Vector | None:
         """The reward that the next message brings, ``(D,)``; None where there is none."""
-        return self._payout.reward_of(name)
+        return self._payout.reward_of(self._known(name))
 
     def statement(self, name: str) -> list[dict[str, Any]]:
         """What a participant was sent and how it was judged, round by round."""
+        self._known(name)
         return [
             {
                 key: row[key]
@@ -245,14 +249,11 @@ class ReputationStrategy(Strategy):
         Raises:
             UserError: it is not in the roster, or was never out.
         """
-        if name not in self.names:
-            raise UserError(
-                f"{name!r} is not in the roster ({', '.join(self.names)}); give one of these."
-            )
-        if name in self.standing.reputation and name not in self.suspended:
+        if self._known(name) in self.standing.reputation and name not in self.suspended:
             raise UserError(f"{name!r} takes part already; there is nothing to readmit.")
         self.suspended.discard(name)
         self.strikes.pop(name, None)
+        self.resyncs.pop(name, None)
         self._return(name, "readmitted")
 
     # Survival -----------------------------------------------------------------------------------
@@ -293,6 +294,13 @@ class ReputationStrategy(Strategy):
         self.models[:] = self.initial
         self.standing = Standing.begin(names, self.config, self.sizes)
         self._stale = set(names)
+
+    def _known(self, name: str) -> str:
+        if name not in self.names:
+            raise UserError(
+                f"{name!r} is not in the roster ({', '.join(self.names)}); give one of these."
+            )
+        return name
 
     def _model(self, name: str) -> Vector:
         return self.models[self.names.index(name)]

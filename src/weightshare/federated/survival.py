@@ -69,10 +69,10 @@ def restore(strategy: Server, folder: Path) -> int:
     if not found:
         return 0
     tensors, values = checkpoint.load(found[-1])
-    if values["schema"] != SCHEMA:
+    if values.get("schema") != SCHEMA:
         raise UserError(
-            f"{found[-1]} has schema {values['schema']}, this version reads {SCHEMA}; go on "
-            "with the version that wrote it."
+            f"{found[-1]} has schema {values.get('schema')} of a federation, this version reads "
+            f"{SCHEMA}; go on with what wrote it."
         )
     models = tensors["models"].numpy()
     if models.shape[1] != len(strategy.initial) or values["rules"] != rules(strategy):
