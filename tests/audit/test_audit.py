@@ -228,6 +228,34 @@ def test_bad_input_is_one_sentence(data, objective, message):
         audit(Looped(), data, objective)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"per": "block"}, {"metric": "sgd"}, {"groups": 1}, {"rank": 0}, {"draws": 0}]
+)
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(UserError, match=r"choose one of|at least"):
+        audit(Looped(), batches(), loss, **setting)
+
+
+@pytest.mark.parametrize("kind", [Looped, TwoModules])
+def test_agreement_is_measured_under_checkpointing_but_not_what_unsharing_gains(kind):
+    torch.manual_seed(0)
+    model = kind()
+    plain = audit(model, batches(), loss, suggestions=False)
+    model.checkpointing = True
+    found = audit(model, batches(), loss, suggestions=False)
+    assert found.rows() == plain.rows()
+    for trial in ([], batches(2)):
+        with pytest.raises(UserError, match="checkpointing"):
+            audit(model, batches(), loss, trial=trial)
+
+
+def test_a_loop_hidden_by_reentrant_checkpointing_is_refused():
+    model = Looped(checkpointing=True)
+    model.reentrant = True
+    with pytest.raises(UserError, match="re-entrant"):
+        audit(model, batches(), loss)
+
+
 def test_a_stable_grouping_stops_early():
     found = audit(Rivals(), rival_batches(20), lambda m, x: m(x), patience=3, suggestions=False)
     assert 4 <= found.batches <= 6

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +21,7 @@ from weightshare.sharing import (
     Size,
     Stable,
     all_reduce,
+    displaced,
     partition,
     per_use,
     size,
@@ -118,9 +119,11 @@ def audit(
     one process would on the whole batches.
 
     Raises:
-        UserError: fewer than two batches (four with a trial), a batch that does not fit, a loss
-            that is not finite, a trial on several ranks.
+        UserError: fewer than two batches (four with a trial), a first batch that does not fit, a
+            loss that is not finite, settings out of range, a trial on several ranks, re-entrant
+            checkpointing, any checkpointing where ``suggestions`` are asked for.
     """
+    _check(per, metric, groups=groups, rank=rank, draws=draws)
     batches = list(batches)
     if len(batches) < 2:
         raise UserError(
@@ -137,7 +140,7 @@ def audit(
     if trial and reduce is all_reduce:
         raise UserError("a trial runs in one process; leave it out, or audit on one rank.")
     with preserved(model):
-        layers = first_look(model, inner, batches[0], loss, per)
+        layers = first_look(model, inner, batches[0], loss, per, suggestions)
         if not layers:
             return Audit([], [], size(inner), len(batches), similar(inner))
         grams = {layer: Gram(layer.users) for layer in layers}
@@ -181,13 +184,22 @@ def audit(
     return Audit(findings, advice, size(inner), used, apart=apart)
 
 
-def first_look(model: nn.Module, inner: nn.Module, batch: Any, loss: Loss, per: Per) -> list[Layer]:
-    """The shared layers, from one forward; errors of the first batch become sentences."""
+def _check(per: str, metric: str, **counts: int) -> None:
+    for given, allowed in ((per, get_args(Per)), (metric, get_args(Metric))):
+        if given not in allowed:
+            raise UserError(f"{given!r} is not known; choose one of {', '.join(allowed)}.")
+    for name, least in (("groups", 2), ("rank", 1), ("draws", 1)):
+        if counts[name] < least:
+            raise UserError(f"{name} is {counts[name]}; give at least {least}.")
+
+
+def first_look(
+    model: nn.Module, inner: nn.Module, batch: Any, loss: Loss, per: Per, suggestions: bool
+) -> list[Layer]:
+    """The shared layers, from one forward; what cannot be measured is refused here."""
     with per_use(model) as uses:
         try:
             value = loss(model, batch)
-        except UserError:
-            raise
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError) as error:
             told = str(error).strip().splitlines()
             raise UserError(
@@ -195,8 +207,14 @@ def first_look(model: nn.Module, inner: nn.Module, batch: Any, loss: Loss, per: 
                 f"{told[0] if told else 'no message'}); "
                 "check that loss(model, batch) works on it outside the audit."
             ) from error
+        layers = find_layers(inner, uses.seen, uses.calls, per)
+        if not layers:
+            uses.gradients(value)  # re-entrant checkpointing hides the runs of a loop
         del value
-        return find_layers(inner, uses.seen, uses.calls, per)
+    if layers and suggestions:
+        with displaced(inner, {name: {} for layer in layers for name in layer.tensors}):
+            loss(model, batch)
+    return layers
 
 
 def by_user(layer: Layer, gradients: Gradients[Any]) -> Gradients[str]:

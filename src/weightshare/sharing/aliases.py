@@ -147,6 +147,9 @@ def displaced(
 
     The loss as a function of a scalar tensor ``amount`` is what unsharing a weight along these
     offsets would do: its first two derivatives at zero are the slope and the curvature.
+
+    Raises:
+        UserError: in the forward, under checkpointing.
     """
     names = {p: name for name, p in model.named_parameters() if name in offsets}
     record = PerUse(names, keep=None, factors=False)
@@ -294,6 +297,8 @@ class _Aliasing:
         if name is None or recomputing() or not (torch.is_grad_enabled() or self.offsets):
             return parameter
         assert isinstance(parameter, nn.Parameter)
+        if self.offsets is not None:
+            _refuse_checkpointing("the uses of a weight cannot be moved apart")
         use = self._current(parameter, label)
         if (parameter, use) not in self.aliases:
             if use not in self.record.seen[name]:
@@ -340,12 +345,7 @@ class _Aliasing:
         if name is None or not torch.is_grad_enabled():
             return F.linear(input, weight, self._swap(bias))
         assert isinstance(weight, nn.Parameter)
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            # The recomputation runs the ordinary linear layer and would fill in its tensors.
-            raise UserError(
-                "factors cannot be kept under checkpointing or saved-tensor hooks; "
-                "switch it off for the measurement, or keep a CountSketch instead."
-            )
+        _refuse_checkpointing("factors cannot be kept")
         use = self._current(weight, None)
         if use not in self.record.seen[name]:
             self.record.seen[name].append(use)
@@ -361,6 +361,16 @@ def _may_read(module: nn.Module) -> bool:
 
 
 _ACTIVE: list[_Aliasing] = []
+
+
+def _refuse_checkpointing(what: str) -> None:
+    """What is recomputed reads the ordinary weight in the ordinary layer: another model."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and torch.is_grad_enabled():
+        raise UserError(
+            f"{what} under checkpointing or saved-tensor hooks; switch checkpointing off for this "
+            "measurement (the gradients of the uses themselves can be had with it)."
+        )
 
 
 def recomputing() -> bool:
