@@ -30,8 +30,8 @@ class MosConfig(PeftConfig):
         equivalent_rank: e, the budget: as many parameters as LoRA of this rank. It may be a
             fraction, also below 1, which LoRA cannot have; pools then have the nearest whole number
             of shards.
-        rank: r of each module; None is 4e (the paper uses 2e to 4e), less where a pool is too small
-            for it. The modules of one pool allow at most ``(e - p) n + p``.
+        rank: r of each module, at least e; None is 4e (the paper uses 2e to 4e), less where a pool
+            is too small for it. The modules of one pool allow at most ``(e - p) n + p``.
         shards_per_vector: l, pieces each row of A and column of B is put together from; divides the
             sizes of all targeted modules. 1 shares whole vectors.
         private_rank: p, ranks of each module that no other module uses; None is e // 8. With p = e
@@ -150,19 +150,7 @@ class MosConfig(PeftConfig):
 
 
 def _check(config: MosConfig) -> None:
-    for name, budget in zip(("equivalent_rank", "output_rank"), config.budgets, strict=True):
-        if not isinstance(budget, int | float) or not 0 < budget < math.inf:
-            raise UserError(f"{name} is {budget!r}; give a number above 0.")
-    at_least = {"shards_per_vector": 1}
-    at_least |= {
-        name: least
-        for name, least in (("rank", 1), ("private_rank", 0), ("public_rank", 1))
-        if getattr(config, name) is not None
-    }
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"{name} is {value!r}; give a whole number >= {least}.")
+    _check_numbers(config)
     for name, allowed in (
         ("pool_scope", SCOPES),
         ("index_strategy", STRATEGIES),
@@ -173,7 +161,7 @@ def _check(config: MosConfig) -> None:
             raise UserError(
                 f"{name} is {getattr(config, name)!r}; give one of {', '.join(allowed)}."
             )
-    smallest = min(config.budgets)
+    smallest, largest = min(config.budgets), max(config.budgets)
     if config.private > smallest:
         raise UserError(
             f"private_rank is {config.private}, but the budget is an equivalent rank of "
@@ -185,6 +173,11 @@ def _check(config: MosConfig) -> None:
                 f"The rank of {name!r} is {rank}, below the private rank {config.private}; "
                 "give a rank that contains it."
             )
+    if config.rank is not None and config.rank < int(largest):
+        raise UserError(
+            f"rank is {config.rank}, below the equivalent rank {largest:g}, so that parts of the "
+            f"pools could never be used; give a rank of at least {int(largest)}."
+        )
     if config.public_from is None and config.public_rank is not None:
         raise UserError("public_rank is given without public_from; name the adapter it is of.")
     if config.public_from is not None and config.scale_by_use:
@@ -192,12 +185,6 @@ def _check(config: MosConfig) -> None:
             "scale_by_use cannot be had with public_from: the uses of a public shard by other "
             "adapters are not known; leave it off."
         )
-    if not 0 <= config.lora_dropout < 1:
-        raise UserError(
-            f"lora_dropout is {config.lora_dropout}; give a probability from 0 to below 1."
-        )
-    if not config.lora_alpha > 0:
-        raise UserError(f"lora_alpha is {config.lora_alpha}; give a number above 0.")
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:
@@ -207,3 +194,44 @@ def _check(config: MosConfig) -> None:
                 )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise UserError("layers_pattern is given without layers_to_transform; give both.")
+
+
+def _check_numbers(config: MosConfig) -> None:
+    whole = {"shards_per_vector": 1, "rank": 1, "private_rank": 0, "public_rank": 1}
+    for name in ("rank", "private_rank", "public_rank"):
+        if getattr(config, name) is None:
+            del whole[name]
+    for name, least in whole.items():
+        _check_whole(name, getattr(config, name), least)
+    if not _is_number(config.index_seed, int):
+        raise UserError(f"index_seed is {config.index_seed!r}; give a whole number.")
+    _check_positive("equivalent_rank", config.equivalent_rank)
+    if config.output_rank is not None:
+        _check_positive("output_rank", config.output_rank)
+    _check_positive("lora_alpha", config.lora_alpha)
+    for name in ("rank_pattern", "alpha_pattern", "shard_pattern"):
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict):
+            raise UserError(f"{name} is {patterns!r}; give a dictionary from modules to numbers.")
+        for key, value in patterns.items():
+            if name == "alpha_pattern":
+                _check_positive(f"{name}[{key!r}]", value)
+            else:
+                _check_whole(f"{name}[{key!r}]", value, 1)
+    dropout = config.lora_dropout
+    if not _is_number(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"lora_dropout is {dropout!r}; give a probability from 0 to below 1.")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not _is_number(value, int) or value < least:
+        raise UserError(f"{name} is {value!r}; give a whole number >= {least}.")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{name} is {value!r}; give a number above 0.")
