@@ -201,7 +201,23 @@ def test_contiguous_groups_are_runs():
     assert isinstance(found, Partition) and found.labels() == sorted(found.labels())
 
 
+def test_a_run_goes_on_through_a_user_without_gradient():
+    distance = symmetric(6, 0)
+    distance[4], distance[:, 4] = torch.nan, torch.nan
+    found = partition(distance, 3, contiguous=True)
+    assert [i for group in found.groups for i in group] == list(range(6))
+    assert found.undefined == (4,)
+
+
 def test_impossible_requests_are_refused():
+    for wrong in ({"max_size": 2}, {"contiguous": True}):
+        with pytest.raises(UserError, match="balanced"):
+            partition(symmetric(4, 0), 2, balanced=True, **wrong)
+    with pytest.raises(UserError, match="at least one member"):
+        partition(symmetric(4, 0), 2, max_size=0)
+    for contiguous in (False, True):
+        with pytest.raises(UserError, match="choose one of neutral"):
+            partition(symmetric(4, 0), 2, "cut", contiguous=contiguous)
     with pytest.raises(UserError, match="into 5 groups"):
         partition(symmetric(4, 0), 5)
     with pytest.raises(UserError, match="at most 2"):

@@ -178,6 +178,19 @@ def test_9_joint_optimum_beats_marginals_and_equals_them_on_rank_one():
         assert _joint_moment(rank_one.square(), p, q) == pytest.approx(expected, rel=1e-8)
 
 
+def test_9_paths_and_samples_without_gradient_are_never_drawn():
+    a = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [0.0, 3.0, 1.0]])
+    some, best = joint(a[[0, 2]][:, 1:]), joint(a)
+    assert best.p.tolist() == pytest.approx([float(some.p[0]), 0.0, float(some.p[1])])
+    assert best.q.tolist() == pytest.approx([0.0, *some.q.tolist()])
+    assert best.second_moment == pytest.approx(some.second_moment * (4 / 9) ** 2)
+    nothing = joint(torch.zeros(2, 3))
+    assert nothing.p.tolist() == [0.5, 0.5] and nothing.second_moment == 0
+    for bad in (torch.ones(3), -torch.ones(2, 2), torch.full((2, 2), math.nan)):
+        with pytest.raises(UserError, match="matrix"):
+            joint(bad)
+
+
 def test_13_weights_have_mean_one_over_draws():
     drawn = Importance(torch.tensor([0.1, 1.0, 4.0, 9.0]), mix=0.8)
     w = drawn.weights[drawn.draw(20_000, torch.Generator().manual_seed(0))]
@@ -211,6 +224,8 @@ def test_flat_norms_do_not_pay_and_the_schedule_is_linear():
     [
         ({"scores": torch.tensor([-1.0, 2.0])}, "negative"),
         ({"scores": torch.ones(2, 2)}, "shape"),
+        ({"scores": torch.tensor(1.0)}, "shape"),
+        ({"scores": torch.ones(2), "base": torch.tensor([1.0, math.inf])}, "finite"),
         ({"scores": torch.ones(2), "mix": 1.5}, "mix is 1.5"),
         ({"scores": torch.ones(4), "floor": 0.5}, "at most 0.25"),
         ({"scores": torch.ones(2), "base": torch.zeros(2)}, "base"),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from weightshare.errors import UserError
 from weightshare.sharing import Gram, split
 
 
@@ -54,6 +55,12 @@ def test_without_any_noise_the_camps_are_split_too():
     assert found.advised and found.gain == pytest.approx(2.0)
 
 
+def test_chance_has_no_more_choice_than_the_split():
+    gram = measured(axes(0, 0, 0, 1, 1, 1), 0.5)
+    free, runs = split(gram), split(gram, contiguous=True)
+    assert free.groups == runs.groups and runs.null < free.null
+
+
 def test_every_answer_has_a_reason():
     one = measured(axes(0, 1), 0.1, batches=2)
     assert "three batches" in split(one).reason
@@ -70,6 +77,12 @@ def test_contexts_are_the_units_where_there_are_several():
 def test_the_same_seed_gives_the_same_answer():
     gram = measured(axes(0, 1, 1, 2), 0.3)
     assert split(gram, seed=3) == split(gram, seed=3)
+
+
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"level": 1.0}, {"level": 0.0}])
+def test_an_impossible_null_is_refused(wrong):
+    with pytest.raises(UserError, match="level"):
+        split(measured(axes(0, 1), 0.1), **wrong)
 
 
 @pytest.mark.parametrize("groups", [2, 3])

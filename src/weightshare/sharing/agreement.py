@@ -195,8 +195,8 @@ class Gram:
         for the paper's objective only.
         """
         if pairwise:
-            return _nanmean([c for b in self._batchwise() for c in b])
-        return _nanmean([c for context in self.contexts() for c in _cosines(context)])
+            return self._mean([c for b in self._batchwise() for c in b])
+        return self._mean([c for context in self.contexts() for c in _cosines(context)])
 
     def debiased(self) -> Tensor:
         """The debiased cosine, ``(K, K)``; NaN where a squared norm is not above zero.
@@ -228,7 +228,13 @@ class Gram:
     def conflict_rate(self) -> Tensor:
         """Share of batches on which two users pull apart (cosine < 0), ``(K, K)``."""
         cosines = [c for context in self.contexts() for c in _cosines(context)]
-        return _nanmean([torch.where(c.isnan(), c, (c < 0).double()) for c in cosines])
+        return self._mean([torch.where(c.isnan(), c, (c < 0).double()) for c in cosines])
+
+    def _mean(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Mean of what is defined: NaN where no batch, or no batch at all, defines it."""
+        undefined = torch.full([len(self.labels)] * 2, torch.nan, dtype=torch.float64)
+        mean = torch.stack(list(matrices) or [undefined]).nanmean(0)
+        return (mean + mean.T) / 2  # symmetric to the last bit, whatever order entries are added in
 
     def _batchwise(self) -> Iterable[list[Tensor]]:
         """Cosines per batch, each pair on the tensors that both of its users used."""
@@ -355,10 +361,6 @@ def _relabelled(products: Tensor, order: Tensor) -> Tensor:
     n, k = order.shape
     flat = (torch.arange(n)[:, None] * k + order).reshape(-1)
     return products.reshape(n * k, n * k)[flat][:, flat].view(n, k, n, k)
-
-
-def _nanmean(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(matrices)).nanmean(0)
 
 
 def opposed(similarity: Tensor) -> tuple[int, int] | None:

@@ -91,21 +91,29 @@ def partition(
     similarity graph with group sizes ⌊K/B⌋ to ⌈K/B⌉.
 
     Users whose distances are NaN (they never received a gradient) are no evidence: they are left
-    out of every cost, put into the first group and listed in ``undefined``.
+    out of every cost, put into the first group (of contiguous ones, into their neighbour's) and
+    listed in ``undefined``.
 
     Raises:
-        UserError: when ``distance`` is not a symmetric matrix or has fewer users than groups.
+        UserError: when ``distance`` is not a symmetric matrix or has fewer users than groups, for
+            an unknown objective, or sizes that contradict one another.
     """
     check_square(distance)
+    check_objective(objective)
     defined = _defined(distance)
     d = checked(distance[defined][:, defined])
     k = len(d)
     if not 1 <= groups <= k:
         raise UserError(f"{k} users cannot be split into {groups} groups; choose 1 to {k}.")
+    if balanced and (contiguous or max_size is not None):
+        raise UserError(
+            "balanced groups have the sizes ⌊K/B⌋ to ⌈K/B⌉ and can be neither contiguous nor of "
+            "another max_size; leave one of them out."
+        )
+    if max_size is not None and max_size < 1:
+        raise UserError(f"max_size is {max_size}; a group has at least one member.")
     sizes = (k // groups, -(-k // groups)) if balanced else (1, max_size or k)
     if contiguous:
-        if balanced:
-            raise UserError("contiguous groups cannot be balanced too; give max_size instead.")
         found = _runs(d, groups, max_size, objective)
     elif k <= EXACT_UP_TO:
         found = _enumerated(d, groups, objective, sizes)
@@ -117,7 +125,9 @@ def partition(
     cost = sum(group_cost(d, group, objective) for group in found)
     named = [[defined[i] for i in group] for group in found]
     undefined = tuple(sorted(set(range(len(distance))) - set(defined)))
-    named[0] += undefined
+    for user in undefined:  # among contiguous groups it stays between its neighbours
+        before = [n for n, group in enumerate(named) if contiguous and group[0] < user]
+        named[before[-1] if before else 0].append(user)
     ordered = tuple(sorted(tuple(sorted(group)) for group in named))
     return Partition(ordered, cost, gain, one, undefined)
 
@@ -290,6 +300,7 @@ def contiguous(
     Raises:
         UserError: when neither ``groups`` nor ``max_size`` is given, or they cannot be met.
     """
+    check_objective(objective)
     return _runs(checked(distance), groups, max_size, objective)
 
 
@@ -326,6 +337,11 @@ def _runs(
         result.append(list(range(i, j)))
         i = j
     return result
+
+
+def check_objective(objective: str) -> None:
+    if objective not in OBJECTIVES:
+        raise UserError(f"the objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
 
 
 def check_square(distance: Tensor) -> None:

@@ -37,9 +37,9 @@ class Importance:
     mix: float = 0.9
 
     def __post_init__(self) -> None:
-        n = len(self.scores)
-        if self.scores.ndim != 1 or n == 0:
+        if self.scores.ndim != 1 or self.scores.numel() == 0:
             raise UserError(f"scores have shape {tuple(self.scores.shape)}; give one per thing.")
+        n = len(self.scores)
         if bool((self.scores < 0).any()):
             raise UserError("a score is negative; scores are norms, zero or more.")
         if not 0 <= self.mix <= 1:
@@ -48,8 +48,10 @@ class Importance:
             raise UserError(f"floor is {self.floor}; {n} things allow at most {1 / n:.3g} each.")
         if self.base is not None:
             u = self.base.double()
-            if u.shape != self.scores.shape or bool((u < 0).any()) or not float(u.sum()) > 0:
-                raise UserError("base must hold one weight per score, none negative, not all zero.")
+            if u.shape != self.scores.shape or bool((u < 0).any()) or not 0 < u.sum() < math.inf:
+                raise UserError(
+                    "base must hold one finite weight per score, none negative, not all zero."
+                )
 
     @property
     def u(self) -> Tensor:
@@ -161,15 +163,19 @@ def joint(norms: Tensor, rounds: int = 500, tolerance: float = 1e-13) -> Joint:
         p_α ∝ √(Σ_i ‖g(α,i)‖² / q_i),      q_i ∝ √(Σ_α ‖g(α,i)‖² / p_α)
 
     each of which can only lower it. The marginal norms are optimal only where the norms factorise.
+    A path or sample whose norms are all zero is never drawn; where all are zero, draws are uniform.
+
+    Raises:
+        UserError: norms that are no matrix of finite numbers, zero or more.
     """
+    if norms.ndim != 2 or not norms.numel() or not bool((norms.isfinite() & (norms >= 0)).all()):
+        raise UserError("norms must be a matrix (paths, samples) of finite numbers, none negative.")
     square = norms.double().square()
     p, q = marginal(norms)
     value = _joint_moment(square, p, q)
     for _ in range(rounds):
-        p = (square / q).sum(1).sqrt()
-        p = p / p.sum()
-        q = (square / p[:, None]).sum(0).sqrt()
-        q = q / q.sum()
+        p = _shares(_over(square, q).sum(1).sqrt())
+        q = _shares(_over(square, p[:, None]).sum(0).sqrt())
         new = _joint_moment(square, p, q)
         if value - new <= tolerance * value:
             break
@@ -179,10 +185,20 @@ def joint(norms: Tensor, rounds: int = 500, tolerance: float = 1e-13) -> Joint:
 
 def marginal(norms: Tensor) -> tuple[Tensor, Tensor]:
     """p and q in proportion to the mean norms of each path and of each sample."""
-    p, q = norms.double().mean(1), norms.double().mean(0)
-    return p / p.sum(), q / q.sum()
+    return _shares(norms.double().mean(1)), _shares(norms.double().mean(0))
+
+
+def _shares(values: Tensor) -> Tensor:
+    """``values`` over their sum; equal shares where all are zero."""
+    total = values.sum()
+    return values / total if total > 0 else torch.full_like(values, 1 / len(values))
+
+
+def _over(square: Tensor, chance: Tensor) -> Tensor:
+    """What is never drawn has no gradient: 0 / 0 counts nothing."""
+    return torch.where(square > 0, square / chance, 0.0)
 
 
 def _joint_moment(square: Tensor, p: Tensor, q: Tensor) -> float:
     paths, samples = square.shape
-    return float((square / (p[:, None] * q)).sum()) / (paths * samples) ** 2
+    return float(_over(square, p[:, None] * q).sum()) / (paths * samples) ** 2

@@ -54,7 +54,14 @@ def split(
     Args:
         level: of the interval and of the null.
         draws: permutations.
+
+    Raises:
+        UserError: a level that is not between 0 and 1, or no draws.
     """
+    if not 0 < level < 1 or draws < 1:
+        raise UserError(
+            f"level is {level} and draws are {draws}; give a level between 0 and 1 and a draw."
+        )
     measured = unit_gram(gram)
     if len(measured.labels) < max(2, groups):
         return _no(
@@ -84,7 +91,11 @@ def split(
     generator = torch.Generator().manual_seed(seed)
     null = [
         partition(
-            measured.permuted(generator).distance(unit=False), groups, objective, balanced=balanced
+            measured.permuted(generator).distance(unit=False),
+            groups,
+            objective,
+            balanced=balanced,
+            contiguous=contiguous,
         ).gain
         for _ in range(draws)
     ]
