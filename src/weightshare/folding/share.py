@@ -87,10 +87,7 @@ def fold(
 
 
 def replan(
-    model: PreTrainedModel,
-    plan: FoldPlan,
-    rows: Mapping[Delta, Tensor] | None = None,
-    seed: int = 0,
+    model: PreTrainedModel, plan: FoldPlan, rows: Mapping[Delta, Tensor] | None = None
 ) -> PreTrainedModel:
     """Give a folded model, in place, a plan that shares less of it: split groups, more deltas.
 
@@ -98,8 +95,8 @@ def replan(
     deltas at zero. All other parameters stay the same objects.
 
     Args:
-        rows: the row space (rank, in) that a new low-rank delta starts with, else a random one.
-        seed: of the random ones.
+        rows: the row space (rank, in) that a new low-rank delta starts with, else a random one,
+            always the same.
 
     Raises:
         UserError: the plan has a delta that the model has no parameter for, or the model is not
@@ -111,15 +108,15 @@ def replan(
             "it after importing weightshare.folding.modeling_folded, without trust_remote_code."
         )
     check_targets(model, plan)
-    return _replanned(model, plan, rows or {}, seed)
+    return _replanned(model, plan, rows or {})
 
 
-def _replanned(model: Any, plan: FoldPlan, rows: Mapping[Delta, Tensor], seed: int) -> Any:
+def _replanned(model: Any, plan: FoldPlan, rows: Mapping[Delta, Tensor]) -> Any:
     known = {name for name, m in model.named_modules() if isinstance(m, DeltaLinear)}
     model.config.fold_plan = plan.to_dict()
     model._block_ties = None
     model._place_deltas()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for delta in plan.deltas:
         places = delta_modules(model.config.fold_plan, asdict(delta))
         if places and not known & set(places):
