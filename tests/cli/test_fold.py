@@ -86,7 +86,7 @@ def test_evaluate_and_export_take_a_folded_model(finished, model_folder, text_fi
     stock = tmp_path / "stock"
     assert main(["export", str(out), "--to", "stock", "--out", str(stock)]) == 0
     assert json.loads((stock / "config.json").read_text())["model_type"] == "llama"
-    arguments = ["evaluate", str(out / "model"), "--against", str(stock), "--text", str(text_file)]
+    arguments = ["evaluate", str(out), "--against", str(stock), "--text", str(text_file)]
     assert main([*arguments, "--out", str(tmp_path / "e"), "--sequences", "4", "--no-speed"]) == 0
     facts = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert facts["loss"] == pytest.approx(facts["against"]["loss"], abs=1e-6)

@@ -262,3 +262,27 @@ def test_a_shard_adapter_leaves_as_a_stock_lora_adapter(finished, model_folder, 
     assert torch.allclose(*logits, atol=1e-5)
     assert main(["export", str(out), "--to", "lora", "--out", str(tmp_path / "lora")]) == 2
     assert main(["export", str(tmp_path), "--to", "lora", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_evaluate_takes_the_adapter_of_a_tune(finished, model_folder, text_file, tmp_path, capsys):
+    """In a process of its own, where nothing has told PEFT of shard adapters."""
+    out, _ = finished
+    text = ["--text", str(text_file), "--sequences", "4", "--no-speed"]
+    command = [sys.executable, "-m", "weightshare", "evaluate", str(model_folder), *text]
+    command += ["--adapter", str(out), "--out", str(tmp_path / "e")]
+    subprocess.run(command, check=True, capture_output=True)
+    with_it = json.loads((tmp_path / "e" / "summary.json").read_text())
+    alone = tmp_path / "alone"
+    assert main(["evaluate", str(model_folder), *text, "--out", str(alone)]) == 0
+    without = json.loads((alone / "summary.json").read_text())
+    assert with_it["loss"] < without["loss"]
+    assert with_it["parameters"] > without["parameters"]
+
+    for arguments, says in (
+        ([str(out)], "holds an adapter and no model"),
+        ([str(model_folder), "--adapter", str(tmp_path)], "holds no adapter"),
+        (["tiny", "--adapter", str(out)], "made for other modules"),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", *arguments, *text, "--out", str(tmp_path / "x")]) == 2
+        assert says in capsys.readouterr().err

@@ -73,14 +73,17 @@ def test_device_and_seed_have_values_where_the_configuration_is_silent(tmp_path)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    with Run.open(tmp_path, {}, command="tune"):
+    with Run.open(tmp_path, {"resume": False}, command="tune"):
         pass
     with pytest.raises(UserError, match=r"a finished tune run.*--resume.*--out"):
-        Run.open(tmp_path, {}, command="tune")
-    with pytest.raises(KeyError), Run.open(tmp_path, {}, command="tune", resume=True):
+        Run.open(tmp_path, {"resume": False}, command="tune")
+    with (
+        pytest.raises(KeyError),
+        Run.open(tmp_path, {"resume": False}, command="tune", resume=True),
+    ):
         raise KeyError
     with pytest.raises(UserError, match="an unfinished tune run"):
-        Run.open(tmp_path, {}, command="tune")
+        Run.open(tmp_path, {"resume": False}, command="tune")
     with pytest.raises(UserError, match="fold cannot resume"):
         Run.open(tmp_path, {}, command="fold", resume=True)
 
@@ -223,6 +226,31 @@ def test_an_exception_passes_and_nothing_claims_success(tmp_path, kind):
     with Run.open(tmp_path, {}, resume=True):
         pass
     assert "stopped_by" not in read(tmp_path)
+
+
+def test_refused_input_leaves_no_run_behind(tmp_path):
+    """Only where nothing was kept, and only what was refused with a sentence."""
+    out = tmp_path / "out"
+    with pytest.raises(UserError), Run.open(out, {}):
+        raise UserError("wrong name")
+    assert not out.exists()
+    run = Run.open(out, {})
+    run.stage("ranking", lambda: [1, 2])
+    with pytest.raises(UserError), run:
+        raise UserError("wrong later on")
+    assert read(out)["stopped_by"] == "UserError"
+    with pytest.raises(ValueError), Run.open(tmp_path / "bug", {}):
+        raise ValueError
+    assert read(tmp_path / "bug")["stopped_by"] == "ValueError"
+
+
+def test_a_run_in_the_way_is_told_by_the_options_there_are(tmp_path):
+    with Run.open(tmp_path, {"overwrite": False}):
+        pass
+    with pytest.raises(UserError, match=r"a finished run run; replace it by --overwrite or choose"):
+        Run.open(tmp_path, {"overwrite": False})
+    with pytest.raises(UserError, match=r"a finished run run; choose another folder"):
+        Run.open(tmp_path, {})
 
 
 def test_an_exception_is_not_masked_when_the_directory_is_gone(tmp_path):

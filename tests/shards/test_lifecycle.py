@@ -122,6 +122,17 @@ def test_a_damaged_file_is_refused_and_the_model_left_as_it_was(tmp_path, what, 
     assert list(pools(model)) and "second" not in model.base_model.mos_pools
 
 
+@pytest.mark.parametrize("other", [{"intermediate_size": 40}, {"num_hidden_layers": 3}])
+@pytest.mark.parametrize("targets", [LINEARS, ["up_proj"]])
+def test_an_adapter_of_another_model_is_refused(tmp_path, other, targets):
+    """PEFT leaves keys it does not know aside, and would go on with an untrained adapter."""
+    adapted(target_modules=targets).save_pretrained(tmp_path)
+    config = copy.deepcopy(make("llama").config)
+    vars(config).update(other)
+    with pytest.raises(UserError, match=r"made for other modules|its configuration asks for"):
+        PeftModel.from_pretrained(type(make("llama"))(config), tmp_path)
+
+
 def test_indices_that_cannot_be_drawn_again_are_refused(tmp_path):
     adapted(save_indices=False).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

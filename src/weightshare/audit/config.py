@@ -9,8 +9,8 @@ class AuditConfig:
     """Who shares which weight, do they agree, and what would it buy to unshare.
 
     Args:
-        model: a Hugging Face folder, a GGUF file, or a known name; folded models are audited as
-            they run, at every depth.
+        model: a Hugging Face folder, the run of a fold, a GGUF file, or a known name; audited as
+            it runs, at every depth.
         data: text to measure gradients on: a file, a folder, or a known name. The last fifth of
             its documents is kept for the probe.
         per: look at all tensors with the same users together (layer), or at each (tensor).

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 CONFIG = "weightshare.audit.config:AuditConfig"
 EXTRA = "folding"
 EXAMPLES = """
-  weightshare audit runs/fold/model
-  weightshare audit runs/fold/model --data notes.txt --per tensor --budget 100000
-  weightshare audit runs/fold/model --per tensor --trial 50 --budget 100000 --scales-first
+  weightshare audit runs/fold
+  weightshare audit runs/fold --data notes.txt --per tensor --budget 100000
+  weightshare audit runs/fold --per tensor --trial 50 --budget 100000 --scales-first
   weightshare audit tiny --probe 4 --out runs/audit
 """
 

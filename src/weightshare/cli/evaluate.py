@@ -10,7 +10,8 @@ CONFIG = "weightshare.language.config:EvaluateConfig"
 EXTRA = "folding"
 EXAMPLES = """
   weightshare evaluate tiny
-  weightshare evaluate runs/fold/model --against tiny
+  weightshare evaluate runs/fold --against tiny
+  weightshare evaluate tiny --adapter runs/tune
   weightshare evaluate smollm2-135m --text notes.txt --tasks piqa,arc_easy --limit 200
 """
 
@@ -21,11 +22,13 @@ LONGEST = 1024
 def run(config: "EvaluateConfig") -> None:
     """Score one model, or two on the same text and tasks."""
     from weightshare.cli.console import say, show_table
-    from weightshare.cli.models import open_model
-    from weightshare.language import above_chance, compare, kept
+    from weightshare.cli.models import open_model, with_adapter
+    from weightshare.language import above_chance, compare, kept, model_path
     from weightshare.report import Run
 
     names = [config.model, *([config.against] if config.against else [])]
+    for name in names:
+        model_path(name)  # a wrong name leaves no run behind
     with Run.open(config.out, config, command="evaluate", overwrite=config.overwrite) as run:
         found: list[dict[str, Any]] = []
         for name in names:
@@ -105,22 +108,6 @@ def measure(source: "LanguageModel", config: "EvaluateConfig") -> dict[str, Any]
         row["tokens/s"] = round(speed, 1)
     device = str(source.model.device)
     return {"score": score, "tasks": tasks, "summary": summary, "row": row, "device": device}
-
-
-def with_adapter(source: "LanguageModel", folder: str) -> "LanguageModel":
-    """The model with a PEFT adapter on it."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    from peft import PeftModel
-
-    from weightshare.errors import UserError
-
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} holds no adapter_config.json; give the folder of a saved PEFT adapter."
-        )
-    return replace(source, model=PeftModel.from_pretrained(source.model, folder).eval())
 
 
 def task_rows(names: list[str], found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,10 +34,9 @@ def run(config: "ExportConfig") -> None:
 def export_model(config: "ExportConfig", out: Path) -> None:
     """A folded model as a stock checkpoint or as ONNX."""
     from weightshare.cli.models import open_model
-    from weightshare.folding.export import export_onnx, export_stock, run_model
+    from weightshare.folding.export import export_onnx, export_stock
 
-    folder = run_model(config.run)
-    source = open_model(str(folder), "fp32" if config.to == "onnx" else "auto", "cpu")
+    source = open_model(config.run, "fp32" if config.to == "onnx" else "auto", "cpu")
     if config.to == "stock":
         export_stock(source, out)
     else:
@@ -51,11 +50,9 @@ def export_adapter(run: Path, out: Path) -> None:
         UserError: the run holds no adapter of shards, or ``out`` exists.
     """
     import yaml
-    from peft import PeftModel
 
     import weightshare.shards as shards
-    from weightshare.cli.models import open_model
-    from weightshare.language import quiet
+    from weightshare.cli.models import open_model, with_adapter
     from weightshare.report import replacing
 
     if not (run / "adapter" / "adapter_config.json").is_file():
@@ -63,8 +60,6 @@ def export_adapter(run: Path, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; give another --out.")
     options = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    source = open_model(options["model"], device="cpu")
-    with quiet():
-        model = PeftModel.from_pretrained(source.model, run / "adapter")
+    source = with_adapter(open_model(options["model"], device="cpu"), run)
     with replacing(out) as folder:
-        shards.to_lora(model, folder)
+        shards.to_lora(source.model, folder)

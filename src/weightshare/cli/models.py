@@ -1,6 +1,8 @@
 """Open the language model that a command names, and put an adapter on it."""
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightshare.cli.console import device_of
@@ -44,3 +46,35 @@ def add_adapter(source: "LanguageModel", config: "PeftConfig", seed: int) -> "Pe
     except (TypeError, ValueError) as error:
         kind = config.peft_type.value.lower()
         raise UserError(f"{kind} does not fit {source.name}: {error}.") from error
+
+
+def with_adapter(source: "LanguageModel", folder: str | Path) -> "LanguageModel":
+    """The model with a saved PEFT adapter on it, shards or any other; ``folder`` may be a tune's.
+
+    Raises:
+        UserError: there is no adapter, or it does not fit the model.
+    """
+    from peft import PeftModel
+
+    import weightshare.shards  # noqa: F401  makes shard adapters known to PEFT
+    from weightshare.language import quiet
+
+    places = [Path(folder), Path(folder) / "adapter"]
+    found = [place for place in places if (place / "adapter_config.json").is_file()]
+    if not found:
+        raise UserError(
+            f"{folder} holds no adapter; give the folder of a saved PEFT adapter, "
+            "or the --out folder of a finished tune."
+        )
+    try:
+        with quiet():
+            # PEFT goes on with what the file lacks left as it begins: an adapter not trained.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(source.model, found[0]).eval()
+    except (KeyError, RuntimeError, TypeError, UserWarning, ValueError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")[:200]
+        raise UserError(
+            f"The adapter in {found[0]} does not fit {source.name} ({first}); "
+            "give the model it was made for."
+        ) from error
+    return replace(source, model=model)

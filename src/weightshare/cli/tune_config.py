@@ -9,7 +9,8 @@ class TuneConfig:
     """Fine-tune a language model on text or instructions; the adapter is saved in PEFT's format.
 
     Args:
-        model: a Hugging Face folder, a GGUF file, or a known name (tiny, smollm2-135m).
+        model: a Hugging Face folder, the run of a fold, a GGUF file, or a known name (tiny,
+            smollm2-135m).
         data: what to learn: a text (.txt, .jsonl with "text", .gz, a folder, a known name), or
             instructions (.jsonl with "prompt" or "instruction", and "response").
         heldout: data to measure on; by default the last tenth of a text, every tenth instruction.

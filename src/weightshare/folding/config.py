@@ -97,7 +97,8 @@ class FoldConfig:
     """Make a language model smaller: remove blocks, share the weights of others, cure.
 
     Args:
-        model: a Hugging Face folder, a GGUF file, or a known name (tiny, smollm2-135m).
+        model: a Hugging Face folder, the run of a fold, a GGUF file, or a known name (tiny,
+            smollm2-135m).
         text: text to calibrate and cure on: a .txt, .jsonl or .gz file, a folder, or a known name.
         heldout: text to measure on; by default the last tenth of the documents of text.
         remove: fraction of the blocks to remove.

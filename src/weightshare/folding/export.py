@@ -1,6 +1,5 @@
 """A folded model for elsewhere: an ordinary checkpoint, or ONNX."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -74,25 +73,6 @@ def export_onnx(source: LanguageModel, file: str | Path) -> None:
     assert program is not None
     with replacing(_free(file)) as path:
         program.save(str(path))
-
-
-def run_model(run: str | Path) -> Path:
-    """The ``model`` folder of a fold's run directory (or the folder itself).
-
-    Raises:
-        UserError: there is none, or the run is not finished.
-    """
-    run = Path(run)
-    if (run / "config.json").is_file():
-        return run
-    summary = run / "summary.json"
-    if not (run / "model" / "config.json").is_file() or not summary.is_file():
-        raise UserError(
-            f"{run} holds no folded model; give the --out folder of a finished weightshare fold."
-        )
-    if not json.loads(summary.read_text(encoding="utf-8")).get("finished"):
-        raise UserError(f"The run {run} is not finished; go on with it by --resume first.")
-    return run / "model"
 
 
 def _free(path: str | Path) -> Path:

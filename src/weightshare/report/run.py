@@ -40,7 +40,8 @@ class Run:
     ``path`` is the folder, ``path / "checkpoints"`` is ``checkpoints``. Everything is written to a
     temporary name and renamed, but for ``metrics.jsonl`` and memos, which grow by a line. Leaving
     the block without an exception marks the run finished and writes ``report.html``; an exception
-    passes through unchanged, and summary and report say ``unfinished`` and its name.
+    passes through unchanged, and summary and report say ``unfinished`` and its name; but input
+    that is refused (:class:`UserError`) before anything was kept leaves no folder behind.
     ``resumed`` tells whether an earlier session was found. One process opens a run: of several
     ranks, the first.
     """
@@ -219,11 +220,23 @@ class Run:
             raise
 
     def _stop(self, kind: type[BaseException]) -> None:
+        if issubclass(kind, UserError) and not self.resumed and self._is_bare():
+            # The corrected command must not meet a half-made run.
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
         self._summary |= {"finished": False, "stopped_by": kind.__name__}
         # The exception on its way out is the one to see.
         with suppress(Exception):
             self._write_summary()
             write_report(self.path)
+
+    def _is_bare(self) -> bool:
+        """Whether the folder holds nothing but what opening it has written."""
+        first = {_LOCK, "summary.json", "config.yaml", "environment.json", *_FOLDERS}
+        return self.path.is_dir() and all(
+            entry.name in first and not (entry.is_dir() and any(entry.iterdir()))
+            for entry in self.path.iterdir()
+        )
 
     def _write_summary(self) -> None:
         self._saved = time.monotonic()
@@ -301,9 +314,11 @@ def _check_resumable(
 ) -> None:
     state = "a finished" if old.get("finished") else "an unfinished"
     if not resume:
+        ways = {"resume": "go on with it by --resume", "overwrite": "replace it by --overwrite"}
+        offered = [way for option, way in ways.items() if option in options][:1]
         raise UserError(
-            f"{path} already holds {state} {old['command']} run; go on with it by --resume "
-            "or choose another folder with --out."
+            f"{path} already holds {state} {old['command']} run; "
+            f"{' or '.join([*offered, 'choose another folder with --out'])}."
         )
     if old["command"] != command:
         raise UserError(

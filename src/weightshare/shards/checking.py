@@ -31,7 +31,10 @@ def check_saved(
             checksum that was saved with them.
     """
     pools = f"{prefix}mos_pools.{adapter_name}."
-    if not any(key.startswith(pools) for key in state_dict):
+    saved = f"{prefix}mos_checksum.{adapter_name}"
+    # Pools of other modules have other names: PEFT leaves those it does not know without the
+    # adapter's name, and would go on with an adapter that was never trained.
+    if saved not in state_dict and not any(key.startswith(pools) for key in state_dict):
         return False
     tables = store.tables[adapter_name]
     wanted: dict[str, Tensor] = {f"{pools}{key}": store.pool(adapter_name, key) for key in tables}
@@ -70,7 +73,7 @@ def check_saved(
         [indices[key, member].tolist() for member in range(len(table.sources))]
         for key, table in tables.items()
     )
-    expected = state_dict.get(f"{prefix}mos_checksum.{adapter_name}")
+    expected = state_dict.get(saved)
     if expected is None or not torch.equal(expected.cpu(), found):
         raise UserError(
             "The indices of the adapter do not have the checksum that was saved with them, so its "
