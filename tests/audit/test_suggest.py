@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from models import Recurrent
 from quadratics import Quadratic, data, loss, targets
 from torch import nn
 
@@ -168,6 +169,37 @@ def test_the_probe_keeps_what_was_promised_on_a_quadratic():
     for row in (t.row() for t in result.trials):
         assert {"predicted gain", "realised gain", "origin"} <= row.keys()
     assert promise_scatter(**trials_data(result)).axes
+
+
+@pytest.mark.parametrize(
+    ("train", "heldout", "config", "message"),
+    [
+        ([], [0], ProbeConfig(), "0 batches to train on"),
+        ([0], [], ProbeConfig(), "0 held out"),
+        ([0], [0], ProbeConfig(suggested=-1), "-1 suggested"),
+        ([0], [0], ProbeConfig(steps=0), "0 steps"),
+    ],
+)
+def test_a_probe_that_cannot_be_carried_out_is_refused(train, heldout, config, message):
+    with pytest.raises(UserError, match=message):
+        probe(nn.Linear(1, 1), train, heldout, loss, None, config)
+
+
+def test_predicting_leaves_no_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(Recurrent(), nn.BatchNorm1d(4), nn.Dropout(0.3))
+    batches = [torch.randn(5, 3) for _ in range(4)]
+
+    def objective(model, x):
+        return model(x).square().mean()
+
+    (found,) = audit(model, batches, objective, suggestions=False).findings
+    before, stream = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    groups = (found.layer.users[:1], found.layer.users[1:])
+    (promise,) = predict(model, batches, objective, [Unsharing("unshare", found.layer, groups)])
+    assert promise.added == promise.unsharing.added(model) > 0
+    assert torch.equal(stream, torch.random.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_budget_is_spent_like_the_best_of_all_combinations():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from weightshare.errors import UserError
-from weightshare.sharing import CountSketch, Use, accumulate, displaced, per_use
+from weightshare.sharing import CountSketch, Use, accumulate, displaced, per_use, preserved
 from weightshare.sharing.ghost import Factors
 from weightshare.sharing.products import inner_products
 
@@ -179,10 +179,11 @@ def test_measuring_leaves_no_trace_even_when_it_raises():
     x = batch(dtype=torch.float32)
     model[0].inp.weight.grad = torch.ones_like(model[0].inp.weight)
     parameters = [p.clone() for p in model.parameters()]
+    statistics, stream = model[1].running_mean.clone(), torch.random.get_rng_state()
     dicts = [list(m._parameters) for m in model.modules()]
     for fails in (False, True):
         try:
-            with per_use(model) as uses:
+            with preserved(model), per_use(model) as uses:
                 loss = model(x).square().mean()
                 if fails:
                     raise RuntimeError("half-way")
@@ -195,6 +196,8 @@ def test_measuring_leaves_no_trace_even_when_it_raises():
         assert [list(m._parameters) for m in model.modules()] == dicts
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+        assert torch.equal(statistics, model[1].running_mean)
+        assert torch.equal(stream, torch.random.get_rng_state())
     plain = model(x)
     assert type(plain.grad_fn).__name__ != "_AliasBackward"
 

@@ -30,9 +30,8 @@ from weightshare.audit.steps import Loss, Offsets, dense, slope_along, step
 from weightshare.audit.suggest import Suggestion, by_rank, nothing
 from weightshare.audit.unsharing import KINDS, Kind, Unsharing
 from weightshare.errors import UserError
-from weightshare.sharing import Use, displaced, partition
+from weightshare.sharing import Use, displaced, partition, preserved
 from weightshare.sharing.gradients import Gradients
-from weightshare.sharing.preserve import preserved
 from weightshare.training import GradientUpdate, Loop, LoopConfig, Losses, Task, Term
 
 

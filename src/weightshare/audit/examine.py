@@ -24,10 +24,10 @@ from weightshare.sharing import (
     displaced,
     partition,
     per_use,
+    preserved,
     size,
 )
 from weightshare.sharing.gradients import Gradients
-from weightshare.sharing.preserve import preserved
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from weightshare.audit.suggest import REACH, Metric, Suggestion, predict
 from weightshare.audit.unshare import apply
 from weightshare.audit.unsharing import KINDS, Kind, Unsharing
 from weightshare.errors import UserError
-from weightshare.sharing.preserve import preserved
+from weightshare.sharing import preserved
 from weightshare.training import GradientUpdate, Loop, LoopConfig, Losses, Task, Term
 
 
@@ -113,9 +113,20 @@ def probe(
     ``memo(key, compute)`` may keep held-out losses of trials, so that a killed probe goes on.
 
     Raises:
-        UserError: when the audit suggests nothing to carry out.
+        UserError: when the audit suggests nothing to carry out, or there is no batch to train on or
+            to hold out, or ``config`` asks for less than nothing.
     """
     config = config or ProbeConfig()
+    if not batches or not heldout:
+        raise UserError(
+            f"a probe got {len(batches)} batches to train on and {len(heldout)} held out; "
+            "it needs at least one of each."
+        )
+    if min(config.suggested, config.random) < 0 or config.steps < 1:
+        raise UserError(
+            f"a probe of {config.suggested} suggested and {config.random} random unsharings with "
+            f"{config.steps} steps each cannot be carried out; give 0 or more, and at least 1 step."
+        )
 
     def loss_after(tried: Suggestion | Unsharing) -> float:
         unsharing = tried.unsharing if isinstance(tried, Suggestion) else tried

@@ -40,7 +40,7 @@ from weightshare.audit.steps import (
 )
 from weightshare.audit.unsharing import KINDS, SAYS, Kind, Unsharing
 from weightshare.errors import UserError
-from weightshare.sharing import partition
+from weightshare.sharing import partition, preserved
 
 Metric = Literal["adam", "plain"]
 REACH = 0.1
@@ -190,33 +190,37 @@ def predict(
     that all of them come to one answer.
 
     Memory: two gradients per use of the layers looked at together, at most ``together`` elements
-    (1 GB in float32), or one layer.
+    (1 GB in float32), or one layer. The model stays as it is, as in an audit.
     """
     ours, theirs = list(batches[0::2]), list(batches[1::2])
     result: dict[int, Suggestion] = {}
-    for layers in _portions(model, [u.layer for u in unsharings], together):
-        names = sorted({name for layer in layers for name in layer.tensors})
-        directing, spread = mean_gradients(model, ours, loss, names, reduce)
-        measuring, _ = mean_gradients(model, theirs, loss, names, reduce)
-        for number, unsharing in enumerate(unsharings):
-            if unsharing.layer not in layers:
-                continue
-            progress(f"worked out unsharing {len(result) + 1} of {len(unsharings)}")
-            offsets, bases = step(model, unsharing, directing, spread if metric == "adam" else {})
-            norm = unit(model, offsets)
-            slope = slope_along(measuring, offsets)
-            result[number] = Suggestion(
-                unsharing,
-                added=unsharing.added(model),
-                slope=slope,
-                curvature=curvature(model, theirs[:bends], loss, offsets, reduce)
-                if slope < 0
-                else math.nan,
-                longest=reach * norm if norm else 0.0,
-                endless=min(reach, REACH) * norm,
-                beyond_chance=bool((beyond or {}).get(unsharing.layer, False)),
-                directions=bases,
-            )
+    with preserved(model):
+        for layers in _portions(model, [u.layer for u in unsharings], together):
+            names = sorted({name for layer in layers for name in layer.tensors})
+            directing, spread = mean_gradients(model, ours, loss, names, reduce)
+            divisors = spread if metric == "adam" else {}
+            measuring, _ = mean_gradients(model, theirs, loss, names, reduce)
+            for number, unsharing in enumerate(unsharings):
+                if unsharing.layer not in layers:
+                    continue
+                progress(f"worked out unsharing {len(result) + 1} of {len(unsharings)}")
+                offsets, bases = step(
+                    model, unsharing, directing, spread if metric == "adam" else {}
+                )
+                norm = unit(model, offsets)
+                slope = slope_along(measuring, offsets)
+                result[number] = Suggestion(
+                    unsharing,
+                    added=unsharing.added(model),
+                    slope=slope,
+                    curvature=curvature(model, theirs[:bends], loss, offsets, reduce)
+                    if slope < 0
+                    else math.nan,
+                    longest=reach * norm if norm else 0.0,
+                    endless=min(reach, REACH) * norm,
+                    beyond_chance=bool((beyond or {}).get(unsharing.layer, False)),
+                    directions=bases,
+                )
     return [result[number] for number in range(len(unsharings))]
 
 

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "uses": ["SharedWeight", "Use", "View", "find_shared", "tie", "untie"],
+        "preserve": ["preserved"],
         "sizes": ["Size", "size"],
         "aliases": ["PerUse", "displaced", "per_use", "use"],
         "gradients": [

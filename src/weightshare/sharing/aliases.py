@@ -102,6 +102,9 @@ def per_use(
         with per_use(model) as uses:
             gradients = uses.gradients(loss(model(batch)))
 
+    Nothing is written to the model but what any forward writes (statistics of batch norm, random
+    streams), which ``with preserved(model), per_use(model) as uses`` puts back.
+
     Works under autocast, non-re-entrant checkpointing and DDP (whose synchronisation is off
     inside: each rank sees its own gradients, see :func:`all_reduce`). A model compiled by
     ``torch.compile`` is not looked into: pass the original module.
