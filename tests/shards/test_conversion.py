@@ -148,6 +148,11 @@ def test_a_hotswap_that_fails_changes_nothing(tmp_path):
         hotswap(model, tmp_path / "rank", "x")
     with pytest.raises(UserError, match="holds no adapter"):
         hotswap(model, tmp_path)
+    adapted().save_pretrained(tmp_path / "alike")
+    model.merge_adapter()
+    with pytest.raises(UserError, match="is merged into the weights"):
+        hotswap(model, tmp_path / "alike")
+    model.unmerge_adapter()
     to_lora(model, tmp_path / "lora")
     with pytest.raises(UserError, match=r"method LORA; .*from_lora"):
         hotswap(model, tmp_path / "lora")

@@ -1,5 +1,7 @@
 """Batches whose rows have different adapters."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +62,36 @@ def test_generation_is_mixed_too(beams):
             alone = model.generate(input_ids=x[row : row + 1], **options)
         length = alone.shape[1]
         assert torch.equal(mixed[row, :length], alone[0])
+
+
+@pytest.mark.parametrize("where", ["generation_config", "own"])
+@torch.no_grad()
+def test_beams_may_come_from_a_generation_configuration(where):
+    names, x, model = ["default", "__base__", "b"], tokens(3, 5), three()
+    given = {"max_new_tokens": 4, "do_sample": False}
+    want = model.generate(input_ids=x, adapter_names=names, num_beams=3, **given)
+    own = model.base_model.model.generation_config
+    if where == "own":
+        own.num_beams = 3
+    else:
+        changed = copy.deepcopy(own)
+        changed.num_beams = 3
+        given["generation_config"] = changed
+    assert torch.equal(model.generate(input_ids=x, adapter_names=names, **given), want)
+
+
+@torch.no_grad()
+def test_several_sequences_of_a_row_have_its_adapter():
+    names, x, model = ["b", "__base__"], tokens(2, 5), three()
+    given = {"max_new_tokens": 4, "num_beams": 4, "do_sample": False, "num_return_sequences": 3}
+    mixed = model.generate(input_ids=x, adapter_names=names, **given)
+    model.set_adapter("b")
+    alone = model.generate(input_ids=x[:1], **given)
+    assert torch.equal(mixed[:3, : alone.shape[1]], alone)
+    sampled = model.generate(
+        input_ids=x, adapter_names=names, do_sample=True, num_return_sequences=3, max_new_tokens=2
+    )
+    assert len(sampled) == 6
 
 
 def test_unknown_adapters_and_wrong_lengths_are_refused():

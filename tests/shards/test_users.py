@@ -103,7 +103,6 @@ def test_rows_of_a_mixed_batch_are_those_of_each_user_alone():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_kept_stacks_of_users_follow_a_change_of_the_lender():
     model, x, names = community(), tokens(3), ["ann", "bob", "ann"]
     with model.base_model.assembled("ann", "bob"):
@@ -142,6 +141,33 @@ def test_a_user_s_file_holds_its_own_part_and_needs_the_lender(tmp_path):
     assert list(other.peft_config) == ["default"]
 
 
+def test_a_new_user_joins_public_pools_that_are_frozen(tmp_path):
+    x = tokens(3)
+    community().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make("llama"), tmp_path)
+    model.load_adapter(tmp_path / "ann", "ann")
+    before = copy.deepcopy(model.state_dict())
+    add_user(model, "carl", init_weights=True)
+    model.set_adapter("carl")
+    assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"carl"}
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        losses.append(model(x, labels=x).loss)
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < losses[0]
+    after = model.eval().state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    model.save_pretrained(tmp_path / "joined", selected_adapters=["carl"])
+    back = PeftModel.from_pretrained(make("llama"), tmp_path)
+    back.load_adapter(tmp_path / "joined" / "carl", "carl")
+    back.set_adapter("carl")
+    assert torch.equal(back(x).logits, model(x).logits)
+
+
 @torch.no_grad()
 def test_users_survive_copies_merging_and_export(tmp_path):
     x = tokens(2)
@@ -167,6 +193,9 @@ def test_what_cannot_be_lent_is_refused():
         model.delete_adapter("default")
     with pytest.raises(UserError, match="no adapter 'nobody'"):
         add_user(model, "x", "nobody")
+    for budget in (0, float("nan"), "1"):
+        with pytest.raises(UserError, match="equivalent_rank is"):
+            add_user(model, "x", equivalent_rank=budget)
     for options, said in (
         ({"public_from": "nobody"}, "load that one first"),
         ({"public_from": "ann"}, "itself borrows"),

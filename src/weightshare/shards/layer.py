@@ -52,6 +52,7 @@ class MosLayer(BaseTunerLayer):
     cast_input_dtype_enabled = True
     base_layer: Any
     active_adapters: Any
+    get_base_layer: Any
     get_base_weight: Any
     set_base_weight: Any
     mos_indices_A: Any
@@ -70,6 +71,8 @@ class MosLayer(BaseTunerLayer):
         self.mos_dropout = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # In a list, so that it is no parameter of this module: the weight as it was before merging.
+        self._unmerged: list[nn.Parameter] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.kwargs = kwargs
@@ -241,6 +244,10 @@ class MosLinear(nn.Module, MosLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' changes to the base weight.
 
+        The weight becomes a new tensor, and the old one is kept: ``unmerge`` gives it back bit for
+        bit, and another layer that is tied to it does not change. A quantised weight is overwritten
+        and the change subtracted again, which its grid rounds.
+
         Raises:
             ValueError: with ``safe_merge``, where the sum is not finite; the weight is left alone.
         """
@@ -252,7 +259,12 @@ class MosLinear(nn.Module, MosLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
-            self.set_base_weight(weight)
+            if self.quantization_backend is not None:
+                self.set_base_weight(weight)
+            else:
+                base = self.get_base_layer()
+                self._unmerged = self._unmerged or [base.weight]
+                base.weight = nn.Parameter(weight, self._unmerged[0].requires_grad)
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
@@ -260,6 +272,11 @@ class MosLinear(nn.Module, MosLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._unmerged:
+            base, (weight,) = self.get_base_layer(), self._unmerged
+            # The model may have been moved or cast while it was merged.
+            weight.data = weight.data.to(base.weight)
+            base.weight, self._unmerged, self.merged_adapters = weight, [], []
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.mos_places:

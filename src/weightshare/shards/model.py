@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -110,6 +111,13 @@ class MosModel(BaseTuner):
             else MosLinear(target, self.mos_store, **kwargs)
             for name, _, _, target in found
         }
+        for name, layer in layers.items():
+            hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+            if getattr(hook, "offload", False):
+                raise UserError(
+                    f"The weights of {name} are offloaded by accelerate, which cannot bring a pool "
+                    "along with them; load the model whole on one device, or quantised."
+                )
         targets = [Target(n, la.in_features, la.out_features) for n, la in layers.items()]
         plan = plan_pools(targets, config, self._loan(config))
 
@@ -223,6 +231,44 @@ class MosModel(BaseTuner):
         for name, pools in self.mos_pools.items():
             pools.requires_grad_(name in names and not inference_mode)
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge the adapters into the base weights, which are kept beside until ``unmerge``.
+
+        Raises:
+            ValueError: with ``safe_merge``, where a sum is not finite; no weight is changed.
+        """
+        before = {layer: list(layer.merged_adapters) for layer in self._layers()}
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            for layer, names in before.items():
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The model itself with the adapters merged into its weights.
+
+        Raises:
+            ValueError: with ``safe_merge``, where a sum is not finite; the model is as it was.
+        """
+        if safe_merge:
+            # A layer that is unloaded cannot be put back: try all of them first.
+            self.merge_adapter(adapter_names, safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return merged
+
     def delete_adapter(self, adapter_name: str) -> None:
         users = [name for name, lender in self.mos_store.lenders.items() if lender == adapter_name]
         if users:
@@ -334,18 +380,11 @@ class MosModel(BaseTuner):
         unknown = sorted({n for n in names if n != BASE and n not in self.mos_pools})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        if encoder is self.model:
-            encoder = None
-        # The encoder of an encoder-decoder sees each row once, whatever the number of beams.
-        inside = set(encoder.modules()) if encoder is not None else set()
+        copies = _copies(self.model, kwargs)
         kinds = (MosLayer, AuxiliaryTrainingWrapper)
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, names=list(names) if module in inside else repeated),
-                with_kwargs=True,
+                partial(_pass_names, names=list(names), copies=copies), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, kinds)
@@ -358,7 +397,22 @@ class MosModel(BaseTuner):
                 handle.remove()
 
 
-def _pass_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+def _copies(model: nn.Module, options: dict[str, Any]) -> int:
+    """How many rows ``generate`` makes of each row of the batch: beams, or returned sequences."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    found = (
+        options.get(name) or getattr(config, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    )
+    return max(found)
+
+
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: Any, names: list[str], copies: int
+) -> tuple[Any, Any]:
+    # The encoder of an encoder-decoder sees each row once, whatever the number of copies.
+    if args and len(args[0]) == copies * len(names):
+        names = [name for name in names for _ in range(copies)]
     return args, kwargs | {"adapter_names": names}
 
 

@@ -205,17 +205,17 @@ def _check_numbers(config: MosConfig) -> None:
         _check_whole(name, getattr(config, name), least)
     if not _is_number(config.index_seed, int):
         raise UserError(f"index_seed is {config.index_seed!r}; give a whole number.")
-    _check_positive("equivalent_rank", config.equivalent_rank)
+    check_positive("equivalent_rank", config.equivalent_rank)
     if config.output_rank is not None:
-        _check_positive("output_rank", config.output_rank)
-    _check_positive("lora_alpha", config.lora_alpha)
+        check_positive("output_rank", config.output_rank)
+    check_positive("lora_alpha", config.lora_alpha)
     for name in ("rank_pattern", "alpha_pattern", "shard_pattern"):
         patterns = getattr(config, name)
         if not isinstance(patterns, dict):
             raise UserError(f"{name} is {patterns!r}; give a dictionary from modules to numbers.")
         for key, value in patterns.items():
             if name == "alpha_pattern":
-                _check_positive(f"{name}[{key!r}]", value)
+                check_positive(f"{name}[{key!r}]", value)
             else:
                 _check_whole(f"{name}[{key!r}]", value, 1)
     dropout = config.lora_dropout
@@ -232,6 +232,7 @@ def _check_whole(name: str, value: Any, least: int) -> None:
         raise UserError(f"{name} is {value!r}; give a whole number >= {least}.")
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Raise ``UserError`` unless ``value`` is a finite number above 0."""
     if not _is_number(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{name} is {value!r}; give a number above 0.")

@@ -40,6 +40,8 @@ def hotswap(model: PeftModel, folder: str | Path, adapter_name: str = "default")
         raise UserError(
             f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}."
         )
+    if any(adapter_name in layer.merged_adapters for layer in tuner._layers(adapter_name)):
+        raise UserError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter first.")
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} holds no adapter; give the folder of a saved one.")

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from weightshare.errors import UserError
 from weightshare.shards.conversion import mos_tuner
-from weightshare.shards.mos_config import MosConfig
+from weightshare.shards.mos_config import MosConfig, check_positive
 
 
 def add_user(
@@ -30,7 +30,8 @@ def add_user(
 
     The lender's pools are trained along where it is active too:
     ``model.base_model.set_adapter([lender, *users])``, then batches with ``adapter_names`` in
-    evaluation mode. Otherwise only the user's own part learns.
+    evaluation mode. With ``model.set_adapter(name)`` only the user's own part learns: so a new user
+    joins public pools that are trained and frozen, and nobody else's adapter changes.
 
     Args:
         model: a PEFT model with the adapter ``lender``.
@@ -54,6 +55,7 @@ def add_user(
             f"The modules of {lender!r} differ in rank or scale; give its pools a rank that all of "
             "them can have, without rank_pattern and alpha_pattern."
         )
+    check_positive("equivalent_rank", equivalent_rank)
     whole = equivalent_rank == int(equivalent_rank)
     changes = {
         "equivalent_rank": equivalent_rank,
