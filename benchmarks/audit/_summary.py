@@ -18,7 +18,44 @@ def summary(rows, ways):
         name: " and ".join(sorted({str(row[name]) for row in rows.values()}))
         for name in ("device", "torch")
     }
-    return facts | {"spent": spent(rows, ways), "against": against(rows), "clause": clause(rows)}
+    bought, paired, held = spent(rows, ways), against(rows), clause(rows)
+    shown = [way for way in ways if any(row["spent on"].endswith(f": {way}") for row in bought)]
+    facts |= {"spent": bought, "against": paired, "clause": held}
+    return facts | {
+        "spent_by_way": side_by_side(
+            bought, "spent on", ": ", shown, lambda r: f"{thousandths(r, 'gain')} ({r['settings']})"
+        ),
+        "against_by_way": side_by_side(
+            paired,
+            "ways",
+            " against ",
+            OTHERS,
+            lambda r: f"{thousandths(r, 'better_by')} ({r['wins']}/{r['settings']})",
+        ),
+        "clause_by_predictor": side_by_side(
+            held,
+            "trials",
+            ": ",
+            PREDICTORS,
+            lambda r: f"{r['rho']:.2f} [{r['low']:.2f}, {r['high']:.2f}]",
+        ),
+    }
+
+
+def side_by_side(rows, title, between, columns, cell):
+    """One row for what stands before ``between`` in a title, one column for what stands behind."""
+    table = {}
+    for row in rows:
+        before, behind = row[title].rsplit(between, 1)
+        cells = table.setdefault(before, {title: before} | dict.fromkeys(columns))
+        cells[behind] = cell(row)
+    return list(table.values())
+
+
+def thousandths(row, figure):
+    """A loss and its half width, where there is one, in thousandths of a nat."""
+    half = row["half_width"]
+    return f"{1e3 * row[figure]:.1f}" + ("" if math.isnan(half) else f" ± {1e3 * half:.1f}")
 
 
 def by_case(rows):
@@ -108,6 +145,9 @@ def against(rows):
     return table
 
 
+PREDICTORS = ("adam", "adam, far", "trial", "added")
+
+
 def clause(rows):
     """Rank correlation of predicted and realised gain inside each row, averaged over rows.
 
@@ -119,7 +159,7 @@ def clause(rows):
     for row in tried:
         cases.setdefault(f"{row['model']}, all folds, {row['moment']}", []).append(row)
     for case, mine in cases.items():
-        for predictor in ("adam", "adam, far", "trial", "added"):
+        for predictor in PREDICTORS:
             pairs = [[(t[predictor], t["gain"]) for t in row["trials"]] for row in mine]
             rho, low, high = rank_correlation(pairs)
             table.append(
