@@ -13,10 +13,12 @@ from weightshare.equivariant import (
     fibonacci,
     make_grid,
     platonic,
+    quadrature_weights,
     random_rotations,
     repulsion,
     rotation_group,
     symmetries,
+    symmetrise,
 )
 from weightshare.errors import UserError
 
@@ -241,6 +243,21 @@ def test_self_loops_are_added_once_whether_given_or_not():
     assert not close(model(x, s, v, edges=edges[:, :3]).scalars, without.scalars, 1e-3)
 
 
+@pytest.mark.parametrize("recompute", [None, "messages", "basis"])
+def test_without_self_loops_the_dense_path_has_none_either(recompute):
+    model = network(self_loops=False, recompute=recompute)
+    x, s, v = cloud()
+    few = network(self_loops=False)
+    few.load_state_dict(model.state_dict())
+    loose = torch.tensor([(a, b) for a in range(7) for b in range(7) if a != b]).T
+    wanted = few(x, s, v, edges=loose).scalars
+    assert close(model(x, s, v, edges="full").scalars, wanted)
+    assert close(model(x[None], s[None], v[None]).scalars, wanted)
+    pad = torch.nn.functional.pad
+    wide = pad(x, (0, 0, 0, 3))[None], pad(s, (0, 0, 0, 3))[None], pad(v, (0, 0, 0, 0, 0, 3))[None]
+    assert close(model(*wide, mask=torch.arange(10)[None] < 7).scalars, wanted)
+
+
 def test_an_edge_at_the_cutoff_comes_and_goes_without_a_jump():
     model = network(cutoff=2.0, self_loops=True)
     s, v = cloud(2)[1:]
@@ -325,6 +342,17 @@ def test_calibration_keeps_the_spread_is_idempotent_and_happens_on_request_only(
     assert all(close(p, once[name], 1e-9) for name, p in model.named_parameters())
 
 
+def test_calibration_does_not_see_padding():
+    x, s, v = (t[None] for t in cloud())
+    bare, padded = network(), network()
+    padded.load_state_dict(bare.state_dict())
+    bare.calibrate_(x, s, v)
+    wide = [torch.cat([t, torch.full_like(t, 9.0)], 1) for t in (x, s, v)]
+    padded.calibrate_(*wide, mask=torch.arange(14)[None] < 7)
+    for one, other in zip(bare.parameters(), padded.parameters(), strict=True):
+        assert close(one, other)
+
+
 def test_calibrating_on_zeros_leaves_finite_weights():
     model, x, s, v = setup("sphere")
     model.calibrate_(x, 0 * s, 0 * v, edges="full")
@@ -397,6 +425,11 @@ def test_a_random_grid_averages_to_invariance():
         ({"batch": torch.zeros(6, dtype=torch.int64)}, "batch has shape"),
         ({"positions": torch.full((7, 3), float("nan"))}, "not finite"),
         ({"offsets": torch.zeros(5, 3), "edges": torch.zeros(2, 1, dtype=torch.int64)}, "offsets"),
+        ({"offsets": torch.zeros(5, 3)}, "belong to edges"),
+        ({"batch": torch.zeros(7)}, "int64"),
+        ({"batch": torch.arange(7) - 1}, "names the graphs -1 to 5"),
+        ({"batch": torch.arange(7), "graphs": 5}, "use 0 to 5 - 1"),
+        ({"scalars": torch.zeros(7, 2, dtype=torch.float64)}, "scalars are torch.float64"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(change, said):
@@ -416,6 +449,13 @@ def test_wrong_input_is_refused_in_a_sentence(change, said):
         {"scalars": 1, "scalars_out": 1, "grid": 2 * platonic(6)},
         {"scalars": 1, "scalars_out": 1, "grid": torch.zeros(4, 5)},
         {"scalars": 1, "scalars_out": 1, "convolution": "full", "orientations": 0},
+        *({"scalars": 1, "scalars_out": 1, "hidden": 8, **wrong} for wrong in (
+            {"orientations": -1}, {"cutoff": 0.0}, {"cutoff": -1.0}, {"cutoff": float("nan")},
+            {"window_cutoff": 0.0}, {"length": 0.0}, {"degree": 0}, {"widening": 0},
+            {"dim": 2, "grid": rotation_group("tetrahedron")},
+            {"grid": -rotation_group("tetrahedron")},
+            {"grid": torch.cat([platonic(6), platonic(6)]), "quadrature": True},
+        )),
     ],
 )  # fmt: skip
 def test_impossible_networks_are_refused(options):
@@ -451,6 +491,25 @@ def test_half_of_an_antipodal_grid_is_enough(options, recompute):
         short = [x[:6] for x in flat] if "offsets" in how else flat
         for one, other in zip(half(*short, **how), whole(*short, **how), strict=True):
             assert close(one, other)
+
+
+def test_on_another_grid_the_areas_are_those_of_the_other_grid():
+    model = network(grid=fibonacci(17), quadrature=True).regridded(fibonacci(33))
+    assert torch.equal(model.weights, quadrature_weights(fibonacci(33)))
+
+
+def test_rotations_to_average_over_are_looked_at():
+    model = network(dim=2, orientations=5)
+    x, s, v = cloud(7, 2)
+    for wrong in (0, torch.eye(2)):
+        with pytest.raises(UserError, match="rotations"):
+            symmetrise(model, wrong)
+    with pytest.raises(UserError, match="as many dimensions"):
+        symmetrise(model, 4)(x, s, v, edges="full")
+    assert close(
+        symmetrise(model, torch.eye(2)[None])(x, s, v, edges="full").scalars,
+        model(x, s, v, edges="full").scalars,
+    )
 
 
 def test_a_grid_that_is_replaced_or_changed_is_looked_at_again():

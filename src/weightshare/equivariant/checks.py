@@ -17,6 +17,7 @@ def check_graphs(
     edges: Tensor | str | None,
     offsets: Tensor | None,
     batch: Tensor | None,
+    graphs: int | None,
     mask: Tensor | None,
     *,
     has_cutoff: bool,
@@ -30,11 +31,7 @@ def check_graphs(
         )
     lead = positions.shape[:-1]
     check_channels(positions, inputs, channels)
-    if positions.dtype != dtype and not torch.is_autocast_enabled(positions.device.type):
-        raise UserError(
-            f"positions are {positions.dtype} and the network's weights {dtype}; convert one of "
-            "them, for instance with network.to(positions.dtype)."
-        )
+    check_precision(positions, inputs, dtype)
     if mask is not None and (tuple(mask.shape) != tuple(lead) or mask.dtype != torch.bool):
         raise UserError(
             f"mask has shape {tuple(mask.shape)} and type {mask.dtype}; give {tuple(lead)} bool, "
@@ -43,6 +40,8 @@ def check_graphs(
     if mask is not None and positions.ndim == 2:
         raise UserError("A mask is for padded graphs (graphs, points, d); leave out the padding.")
     check_finite(positions, mask)
+    if offsets is not None and not isinstance(edges, Tensor):
+        raise UserError("offsets belong to edges; give edges (2, E), or leave the offsets out.")
     if positions.ndim == 3:
         if edges is not None or batch is not None:
             raise UserError(
@@ -50,8 +49,7 @@ def check_graphs(
                 "batch, or give points as (points, d)."
             )
         return
-    if batch is not None and tuple(batch.shape) != tuple(lead):
-        raise UserError(f"batch has shape {tuple(batch.shape)}; give {tuple(lead)}.")
+    check_batch(batch, lead[0], graphs)
     if isinstance(edges, Tensor):
         check_edges(edges, lead[0])
         if offsets is not None and tuple(offsets.shape) != (edges.shape[1], dim):
@@ -64,6 +62,38 @@ def check_graphs(
         )
     elif edges is not None:
         check_word(edges)
+
+
+def check_precision(positions: Tensor, inputs: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    """Refuse a mixture of precisions that autocast does not settle."""
+    if torch.is_autocast_enabled(positions.device.type):
+        return
+    if positions.dtype != dtype:
+        raise UserError(
+            f"positions are {positions.dtype} and the network's weights {dtype}; convert one of "
+            "them, for instance with network.to(positions.dtype)."
+        )
+    for name, one in zip(("scalars", "vectors", "tensors"), inputs, strict=False):
+        if one is not None and one.dtype != dtype:
+            raise UserError(f"{name} are {one.dtype} and positions {dtype}; convert one of them.")
+
+
+def check_batch(batch: Tensor | None, points: int, graphs: int | None) -> None:
+    """Refuse a batch vector that does not name one of the graphs for every point."""
+    if batch is None:
+        return
+    if tuple(batch.shape) != (points,) or batch.dtype != torch.int64:
+        raise UserError(
+            f"batch has shape {tuple(batch.shape)} and type {batch.dtype}; give {(points,)} int64, "
+            "the graph of every point."
+        )
+    if points and not batch.is_cuda:
+        low, high = int(batch.min()), int(batch.max())
+        if low < 0 or (graphs is not None and high >= graphs):
+            raise UserError(
+                f"batch names the graphs {low} to {high}; use 0 to "
+                f"{'the number of graphs' if graphs is None else graphs} - 1."
+            )
 
 
 def check_word(edges: str) -> None:
@@ -101,18 +131,30 @@ def check_finite(positions: Tensor, mask: Tensor | None = None) -> None:
 def checked_grid(grid: Tensor, dim: int) -> Tensor:
     """The grid in float64, if it is (N, d) unit vectors or (N, 3, 3) rotations."""
     grid = grid.double()
-    if tuple(grid.shape[1:]) not in ((dim,), (3, 3)) or len(grid) == 0:
+    shapes = ((3,), (3, 3)) if dim == 3 else ((dim,),)
+    if tuple(grid.shape[1:]) not in shapes or len(grid) == 0:
+        rotations = " or (N, 3, 3) rotations" if dim == 3 else ""
         raise UserError(
-            f"The grid has shape {tuple(grid.shape)}; give (N, {dim}) unit vectors or (N, 3, 3) "
-            "rotations."
+            f"The grid has shape {tuple(grid.shape)}; give (N, {dim}) unit vectors{rotations}."
         )
     if grid.ndim == 2:
         wrong = (grid.norm(dim=-1) - 1).abs().max()
     else:
-        wrong = (grid @ grid.mT - torch.eye(3, dtype=grid.dtype)).abs().max()
+        turns = grid @ grid.mT - torch.eye(3, dtype=grid.dtype, device=grid.device)
+        wrong = torch.maximum(turns.abs().max(), (torch.linalg.det(grid) - 1).abs().max())
     if not wrong < 1e-4:
-        raise UserError("The grid's orientations must have length 1 (rotations: be orthogonal).")
+        raise UserError(
+            "The grid's orientations must have length 1 (rotations: be orthogonal, without a "
+            "reflection)."
+        )
     return grid
+
+
+def check_positive(**lengths: float | None) -> None:
+    """Refuse lengths that are given and not above 0."""
+    for name, value in lengths.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; give a distance above 0.")
 
 
 def check_sizes(
@@ -126,7 +168,9 @@ def check_sizes(
     if not any(inputs) or not any(outputs):
         raise UserError("Give at least one input and one output channel (scalars, vectors...).")
     if min(*inputs, *outputs) < 0 or min(sizes) < 1:
-        raise UserError("Channels must be 0 or more, hidden, layers and basis 1 or more.")
+        raise UserError(
+            "Channels must be 0 or more, hidden, layers, basis, widening and degree 1 or more."
+        )
     if invariants not in MODES:
         raise UserError(f"invariants is {invariants!r}; give {', '.join(MODES)}.")
     if level not in ("node", "graph"):
@@ -141,7 +185,7 @@ def check_options(
     convolution: str,
     chiral: bool,
     recompute: str | None,
-    sizes: tuple[int, int, int],
+    sizes: Sequence[int],
     level: str,
 ) -> None:
     """Refuse a network on a grid that cannot be built."""

@@ -230,10 +230,10 @@ class SeparableConv(nn.Module):
     def calibrate_(self, field: Tensor, kernels: Kernels) -> None:
         """Scale both kernels so that input and output have the same standard deviation."""
         first = self.over_space(field, kernels)
-        self.spatial.weight.mul_(_ratio(field, first))
+        self.spatial.weight.mul_(_ratio(field, first, kernels))
         if self.fibre is not None:
             first = self.over_space(field, kernels)
-            self.fibre.weight.mul_(_ratio(first, self.over_sphere(first, kernels)))
+            self.fibre.weight.mul_(_ratio(first, self.over_sphere(first, kernels), kernels))
 
 
 class FullConv(nn.Module):
@@ -259,12 +259,13 @@ class FullConv(nn.Module):
     @torch.no_grad()
     def calibrate_(self, field: Tensor, kernels: Kernels) -> None:
         """Scale the kernel so that input and output have the same standard deviation."""
-        self.kernel.weight.mul_(_ratio(field, self._message(field, kernels)))
+        self.kernel.weight.mul_(_ratio(field, self._message(field, kernels), kernels))
 
 
-def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
-    """Quotient of the standard deviations; 1 where either vanishes, as for a zero input."""
-    a, b = wanted.std(), found.std()
+def _ratio(wanted: Tensor, found: Tensor, kernels: Kernels) -> Tensor:
+    """Quotient of the standard deviations over real points; 1 where either vanishes, as for a zero
+    input."""
+    a, b = (kernels.pairs.present(field).std() for field in (wanted, found))
     usable = (a > 0) & (b > 0) & torch.isfinite(a / b)
     return torch.where(usable, a / b, torch.ones_like(a))
 

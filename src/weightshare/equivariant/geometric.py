@@ -12,7 +12,13 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
-from weightshare.equivariant.checks import check_edges, check_finite, check_sizes, checked_grid
+from weightshare.equivariant.checks import (
+    check_edges,
+    check_finite,
+    check_positive,
+    check_sizes,
+    checked_grid,
+)
 from weightshare.equivariant.convolution import BasisFunctions, SeparableConv
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.grids import make_grid, random_rotations
@@ -97,7 +103,8 @@ class PonitaConv(nn.Module):
         self_loops: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes([channels], [channels], (hidden, basis), invariants, "node")
+        check_sizes([channels], [channels], (hidden, basis, degree), invariants, "node")
+        check_positive(cutoff=cutoff)
         chosen = checked_grid(make_grid(orientations, dim) if grid is None else grid, dim)
         self.self_loops = self_loops
         self.register_buffer("grid", chosen)
@@ -148,8 +155,7 @@ class RadiusEdges(BaseTransform):
     """``edge_index`` of all points of a graph nearer than ``radius``, in plain torch."""
 
     def __init__(self, radius: float) -> None:
-        if not radius > 0:
-            raise UserError(f"The radius is {radius}; give a distance above 0.")
+        check_positive(radius=radius)
         self.radius = radius
 
     def forward(self, data: Data) -> Data:

@@ -117,6 +117,9 @@ def quadrature_weights(grid: Tensor) -> Tensor:
     """Share of the circle or sphere that is nearer to each orientation than to any other, (N,).
 
     They sum to 1 and are equal on grids that look the same from every point.
+
+    Raises:
+        UserError: two orientations on the sphere coincide.
     """
     n = grid.shape[0]
     even = grid.new_full((n,), 1 / n)
@@ -129,7 +132,12 @@ def quadrature_weights(grid: Tensor) -> Tensor:
         return even
     from scipy.spatial import SphericalVoronoi
 
-    areas = SphericalVoronoi(grid.double().cpu().numpy(), threshold=1e-9).calculate_areas()
+    try:
+        areas = SphericalVoronoi(grid.double().cpu().numpy(), threshold=1e-9).calculate_areas()
+    except ValueError as error:
+        raise UserError(
+            "Two orientations of the grid coincide, so that neither has an area; leave one out."
+        ) from error
     return torch.from_numpy(areas).to(grid) / (4 * math.pi)
 
 
@@ -199,7 +207,13 @@ def random_rotations(count: int, dim: int = 3, generator: torch.Generator | None
 
 def spread_rotations(count: int) -> Tensor:
     """Rotations that cover SO(3) evenly, (count, 3, 3) float64: the super-Fibonacci spiral (Alexa,
-    CVPR 2022), turned so that the first is the identity. Always the same."""
+    CVPR 2022), turned so that the first is the identity. Always the same.
+
+    Raises:
+        UserError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise UserError(f"{count} rotations are none to average over; give 1 or more.")
     s = torch.arange(count, dtype=torch.float64) + 0.5
     inner, outer = (s / count).sqrt(), (1 - s / count).sqrt()
     alpha, beta = 2 * math.pi * s / math.sqrt(2), 2 * math.pi * s / 1.533751168755204288118041

@@ -12,8 +12,9 @@ class Pairs:
     """Sender minus receiver for every pair that exchanges a message, and how messages are summed.
 
     *Dense*: ``delta`` (B, m, m, d) with receivers on the first m; ``weight`` (B, m, m) is 0 where
-    one of the two is padding. *Edges*: ``delta`` (E, d) with ``source`` and ``target`` (E,). Both
-    give equal numbers. ``mutual``: with every pair the reverse one is there too.
+    the two do not speak; ``mask`` (B, m) is False at padding. *Edges*: ``delta`` (E, d) with
+    ``source`` and ``target`` (E,). Both give equal numbers. ``mutual``: with every pair the reverse
+    one is there too.
     """
 
     delta: Tensor
@@ -22,6 +23,7 @@ class Pairs:
     target: Tensor | None = None
     weight: Tensor | None = None
     mutual: bool = False
+    mask: Tensor | None = None
 
     def senders(self, field: Tensor) -> Tensor:
         """The field at the sender of every pair: (..., pairs, N, C)."""
@@ -33,6 +35,10 @@ class Pairs:
             return messages.sum(-3)
         out = messages.new_zeros(self.nodes, *messages.shape[1:])
         return out.index_add(0, self.target, messages)
+
+    def present(self, field: Tensor) -> Tensor:
+        """The field without padding."""
+        return field if self.mask is None else field[self.mask]
 
     def pieces(self, size: int, field: Tensor) -> Iterator[tuple["Pairs", Tensor]]:
         """About ``size`` pairs at a time, with the field they read. Dense pieces are different
@@ -70,13 +76,15 @@ class _Transposed(Pairs):
         return messages.sum(-4)
 
 
-def dense_pairs(positions: Tensor, mask: Tensor | None = None) -> Pairs:
-    """All pairs within each of B graphs of m points, a point with itself included: (B, m, d)."""
+def dense_pairs(positions: Tensor, mask: Tensor | None = None, self_loops: bool = True) -> Pairs:
+    """All pairs within each of B graphs of m points, (B, m, d)."""
     delta = positions.unsqueeze(-3) - positions.unsqueeze(-2)
-    weight = None
-    if mask is not None:
-        weight = (mask.unsqueeze(-2) & mask.unsqueeze(-1)).to(positions.dtype)
-    return Pairs(delta, weight=weight, mutual=True)
+    speak = None if mask is None else mask.unsqueeze(-2) & mask.unsqueeze(-1)
+    if not self_loops:
+        others = ~torch.eye(positions.shape[-2], dtype=torch.bool, device=positions.device)
+        speak = others.expand(delta.shape[:-1]) if speak is None else speak & others
+    weight = None if speak is None else speak.to(positions.dtype)
+    return Pairs(delta, weight=weight, mutual=True, mask=mask)
 
 
 def edge_pairs(

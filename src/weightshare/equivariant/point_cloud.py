@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from weightshare.equivariant.basis import KernelBasis
 from weightshare.equivariant.checks import (
+    check_batch,
     check_channels,
     check_edges,
     check_finite,
+    check_precision,
     check_sizes,
     check_word,
 )
@@ -107,7 +109,8 @@ class PonitaPoints(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.outputs = (scalars, vectors), (scalars_out, vectors_out)
-        check_sizes(self.inputs, self.outputs, (hidden, layers, basis), invariants, level)
+        sizes = (hidden, layers, basis, widening, degree)
+        check_sizes(self.inputs, self.outputs, sizes, invariants, level)
         if chiral and invariants != "complete":
             raise UserError("chiral adds the determinant to complete invariants; ask for these.")
         self.mode, self.chiral, self.mean, self.level = invariants, chiral, mean, level
@@ -138,7 +141,9 @@ class PonitaPoints(nn.Module):
                 f"positions have shape {tuple(positions.shape)}; give (points, dimensions)."
             )
         check_channels(positions, (scalars, vectors), self.inputs)
+        check_precision(positions, (scalars, vectors), self.embed.weight.dtype)
         check_finite(positions)
+        check_batch(batch, len(positions), graphs)
         points, dim = positions.shape
         if isinstance(edges, str):
             check_word(edges)

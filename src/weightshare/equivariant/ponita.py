@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.equivariant import fields, grids
-from weightshare.equivariant.checks import check_graphs, check_options, checked_grid
+from weightshare.equivariant.checks import (
+    check_graphs,
+    check_options,
+    check_positive,
+    checked_grid,
+)
 from weightshare.equivariant.convolution import (
     BasisFunctions,
     ConvNextBlock,
@@ -114,7 +119,7 @@ class Ponita(nn.Module):
         random_grid: bool = False,
     ) -> None:
         super().__init__()
-        if grid is None and orientations > 0:
+        if grid is None and orientations != 0:
             grid = grids.make_grid(orientations, dim)
         if grid is not None:
             grid = checked_grid(grid, dim)
@@ -128,18 +133,16 @@ class Ponita(nn.Module):
             convolution,
             chiral,
             recompute,
-            (hidden, layers, basis),
+            (hidden, layers, basis, widening, degree),
             level,
         )
+        check_positive(cutoff=cutoff, window_cutoff=window_cutoff, length=length)
         self.dim, self.cutoff, self.self_loops = dim, cutoff, self_loops
         self.level, self.vector_scale, self.random_grid = level, vector_scale, random_grid
-        n = 1 if grid is None else grid.shape[0]
-        weights = torch.full((n,), 1 / n, dtype=torch.float64)
-        if quadrature and grid is not None and grid.ndim == 2:
-            weights = grids.quadrature_weights(grid)
+        self.quadrature = quadrature
         # Both are part of what was learnt: another grid is another network.
         self.register_buffer("grid", grid)
-        self.register_buffer("weights", weights)
+        self.register_buffer("weights", _measure(grid, quadrature))
         self._order: tuple[Tensor, int, Tensor | None] | None = None
         full = convolution == "full"
         self.functions = BasisFunctions(
@@ -203,14 +206,14 @@ class Ponita(nn.Module):
         """
         inputs = [scalars, vectors, tensors]
         check_graphs(
-            positions, inputs, self.inputs, self.dim, edges, offsets, batch, mask,
+            positions, inputs, self.inputs, self.dim, edges, offsets, batch, graphs, mask,
             has_cutoff=self.cutoff is not None, dtype=self.embed.weight.dtype,
         )  # fmt: skip
         if positions.ndim == 3:
             if mask is not None:
                 positions = _silenced(positions, mask)
                 inputs = [None if one is None else _silenced(one, mask) for one in inputs]
-            field, kernels = self._start(dense_pairs(positions, mask), *inputs)
+            field, kernels = self._start(dense_pairs(positions, mask, self.self_loops), *inputs)
             return self._finish(field, kernels, mask=mask)
         points = len(positions)
         if batch is None:
@@ -219,10 +222,12 @@ class Ponita(nn.Module):
         if graphs is None:
             graphs = int(batch.max()) + 1 if points else 0
         if isinstance(edges, str):
-            size = equal_sizes(batch, graphs) if self.self_loops else None
+            size = equal_sizes(batch, graphs)
             if size is not None and size <= DENSE_POINTS:
                 stacked = [None if x is None else x.unflatten(0, (graphs, size)) for x in inputs]
-                pairs = dense_pairs(positions.unflatten(0, (graphs, size)))
+                pairs = dense_pairs(
+                    positions.unflatten(0, (graphs, size)), self_loops=self.self_loops
+                )
                 field, kernels = self._start(pairs, *stacked)
                 found = self._finish(field, kernels)
                 if self.level == "graph":
@@ -298,9 +303,18 @@ class Ponita(nn.Module):
         if self.grid is None or grid.ndim != self.grid.ndim:
             raise UserError("Only a network with orientations can change to other orientations.")
         other = copy.deepcopy(self)
-        other.grid = checked_grid(grid, self.dim).to(self.grid.device)
-        other.weights = self.weights.new_full((len(grid),), 1 / len(grid))
+        grid = checked_grid(grid, self.dim)
+        other.grid = grid.to(self.grid.device)
+        other.weights = _measure(grid, self.quadrature).to(self.weights.device)
         return other
+
+
+def _measure(grid: Tensor | None, quadrature: bool) -> Tensor:
+    """Weights of the mean over the orientations, (N,)."""
+    if quadrature and grid is not None and grid.ndim == 2:
+        return grids.quadrature_weights(grid)
+    n = 1 if grid is None else len(grid)
+    return torch.full((n,), 1 / n, dtype=torch.float64)
 
 
 def _silenced(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from weightshare.equivariant.fields import Readout
 from weightshare.equivariant.grids import spread_rotations
+from weightshare.errors import UserError
 
 
 class Symmetrised(nn.Module):
@@ -18,7 +19,10 @@ class Symmetrised(nn.Module):
 
     Args:
         network: a ``Ponita`` or another module with its arguments and results.
-        rotations: (K, d, d), or K for K well spread ones; the first is the identity.
+        rotations: (K, d, d), or K for K well spread ones in space; the first is the identity.
+
+    Raises:
+        UserError: there is no rotation, or the input has another dimension than they.
     """
 
     rotations: Tensor
@@ -27,6 +31,8 @@ class Symmetrised(nn.Module):
         super().__init__()
         self.network = network
         chosen = spread_rotations(rotations) if isinstance(rotations, int) else rotations
+        if chosen.ndim != 3 or not len(chosen) or chosen.shape[1] != chosen.shape[2]:
+            raise UserError(f"rotations have shape {tuple(chosen.shape)}; give (K, d, d).")
         self.register_buffer("rotations", chosen.to(next(network.parameters())))
 
     def forward(
@@ -39,6 +45,11 @@ class Symmetrised(nn.Module):
         offsets: Tensor | None = None,
         **options: Any,
     ) -> Readout:
+        if positions.shape[-1] != self.rotations.shape[-1]:
+            raise UserError(
+                f"positions have shape {tuple(positions.shape)} and the rotations "
+                f"{tuple(self.rotations.shape)}; give rotations of as many dimensions."
+            )
         found: list[Readout] = []
         for turn in self.rotations:
             said = self.network(
