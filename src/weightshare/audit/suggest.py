@@ -204,9 +204,7 @@ def predict(
                 if unsharing.layer not in layers:
                     continue
                 progress(f"worked out unsharing {len(result) + 1} of {len(unsharings)}")
-                offsets, bases = step(
-                    model, unsharing, directing, spread if metric == "adam" else {}
-                )
+                offsets, bases = step(model, unsharing, directing, divisors)
                 norm = unit(model, offsets)
                 slope = slope_along(measuring, offsets)
                 result[number] = Suggestion(
