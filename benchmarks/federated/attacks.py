@@ -143,7 +143,7 @@ def outcome(here: Simulation, alone: dict[str, float]) -> dict:
     bad = [found[name]["accuracy"] for name in here.adversaries]
     base = [alone[name] for name in here.honest]
     rules = here.reputation
-    removed = {*rules.standing.expelled, *rules.suspended} if rules else set()
+    removed = rules.removed if rules else set()
     best = max(here.honest, key=lambda name: found[name]["accuracy"])
     fair = fairness(base, good).value
     result = {

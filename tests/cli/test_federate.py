@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from weightshare.cli import main
+from weightshare.cli.federate import show_plan
+from weightshare.federated import FederateConfig, simulate
 
 QUICK = ["--participants", "4", "--rounds", "4", "--epochs", "1", "--samples", "200"]
 SCRIPT = Path(__file__).with_name("killed_federation.py")
@@ -97,6 +101,22 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "weights" in capsys.readouterr().out
 
 
+def test_a_plan_does_not_count_the_first_steps_of_a_process(capsys):
+    here = simulate(FederateConfig("digits", participants=2, samples=50, rounds=100))
+
+    class SlowAtFirst:
+        calls = 0
+
+        def train(self, starts, number):
+            self.calls += 1
+            time.sleep(1.0 if self.calls == 1 else 0)
+            return starts
+
+    here.material = replace(here.material, learner=SlowAtFirst())
+    show_plan(here)
+    assert "about 0 s for 100 rounds" in capsys.readouterr().out
+
+
 def test_observing_removes_nobody(tmp_path):
     options = ["--participants", 5, "--rounds", 13, "--epochs", 1, "--samples", 300]
     attack = ["--attack", "sign_flip", "--adversaries", 1]
@@ -107,6 +127,15 @@ def test_observing_removes_nobody(tmp_path):
     )
     assert watched["adversaries"] == 0 and removed == {"honest": 0, "adversaries": 1}
     assert "would_expel" in (tmp_path / "o" / "server" / "audit.jsonl").read_text()
+
+
+def test_the_suspended_count_as_removed(tmp_path):
+    attack = ["--attack", "scaled", "--adversaries", 1, "--strategy", "robust"]
+    assert federate(tmp_path / "run", *QUICK, *attack) == 0
+    facts = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert facts["expelled"] == {"honest": 0, "adversaries": 1}
+    table = json.loads((tmp_path / "run" / "tables" / "participants.json").read_text())
+    assert [row["removed"] for row in table["rows"]] == [None] * 4 + [3]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_nobody_is_paid_before_and_who_fails_is_not_paid_after(federation):
     }  # fmt: skip
     for name in here.names:  # both sides mean the same model
         assert here.cohort.memories[name].model is not None
-    assert not strategy.resyncs
+    assert not strategy.conduct.resyncs
 
 
 def test_a_checkpoint_within_the_probation_goes_on_to_the_same_bytes(federation, tmp_path):

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weightshare.federated import ReputationConfig, flower
+from weightshare.federated import ReputationConfig, flower, wire
 
 SIZE = 400
 GOOD = np.linspace(-1, 1, SIZE).astype(np.float32)
@@ -112,7 +112,7 @@ def test_a_malformed_reply_is_as_if_it_had_not_come(federation, name):
         federation, lambda m, r: Message(HOSTILE[name](m), reply_to=m), strikes=99
     )
     assert hostile.outcome(["p3"]) == without(federation, strikes=99).outcome(["p3"])
-    assert hostile.strategy.strikes["p3"] == 3
+    assert hostile.strategy.conduct.strikes["p3"] == 3
     assert all(row["reason"] for row in hostile.strategy.log.rows("rejected"))
 
 
@@ -136,7 +136,7 @@ def forged(message, field, value):
 def test_a_forged_envelope_never_reaches_the_strategy(federation, field, value):
     hostile = with_replies(federation, lambda m, r: forged(m, field, value))
     assert hostile.outcome(["p3"]) == without(federation).outcome(["p3"])
-    assert hostile.grid.dropped == 3 and not hostile.strategy.strikes
+    assert hostile.grid.dropped == 3 and not hostile.strategy.conduct.strikes
 
 
 def test_nobody_answers_in_the_name_of_another(federation):
@@ -187,6 +187,18 @@ def test_the_same_update_under_todays_date_is_noted(federation):
     assert {r["name"] for r in hostile.strategy.log.rows("repeats")} == {"p3"}
 
 
+def test_a_reward_that_is_sent_back_is_noted(federation):
+    def echo(message, reply):
+        reward = wire.reward_in(message.content, SIZE)
+        update = reply.content["update"]["update"] if reward is None else wire.array(reward)
+        return Message(content(message, update), reply_to=message)
+
+    hostile = with_replies(federation, echo, rounds=2)
+    assert [(r["name"], r["what"]) for r in hostile.strategy.log.rows("repeats")] == [
+        ("p3", "its last reward")
+    ]
+
+
 def test_huge_but_finite_entries_do_not_poison_the_rest(federation):
     huge = np.full(SIZE, 3e38, np.float32)
     hostile = with_replies(
@@ -194,7 +206,7 @@ def test_huge_but_finite_entries_do_not_poison_the_rest(federation):
     )
     assert np.isfinite(hostile.strategy.models).all()
     assert np.linalg.norm(hostile.strategy.last.aggregate) <= 0.5 + 1e-6
-    assert not hostile.strategy.strikes
+    assert not hostile.strategy.conduct.strikes
 
 
 def test_a_reply_that_is_implausibly_long_is_a_strike(federation):
@@ -211,7 +223,7 @@ def test_a_reply_that_is_implausibly_long_is_a_strike(federation):
 
 def test_three_invalid_replies_and_no_more_messages_come(federation):
     hostile = with_replies(federation, lambda m, r: Message(RecordDict(), reply_to=m), rounds=5)
-    assert "p3" in hostile.strategy.suspended and "p3" not in hostile.asked
+    assert "p3" in hostile.strategy.conduct.suspended and "p3" not in hostile.asked
     assert sum(hostile.strategy.standing.reputation.values()) == pytest.approx(1)
     hostile.strategy.readmit("p3")
     hostile.run()
@@ -284,4 +296,4 @@ def test_a_thousand_random_replies_crash_nothing(federation, arena, records, noi
     before = here.strategy.server.tobytes()
     found = here.strategy._updates([reply] if reply is not None else [])
     assert here.strategy.server.tobytes() == before
-    assert all(np.isfinite(update).all() and len(update) == SIZE for update in found.values())
+    assert all(np.isfinite(update).all() and len(update) == SIZE for update, _ in found.values())

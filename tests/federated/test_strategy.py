@@ -115,14 +115,14 @@ def test_a_removed_participant_can_be_readmitted_at_the_threshold(federation):
 
 def test_the_readmitted_begin_with_a_clean_sheet(federation):
     here = federation(4)
-    while "p2" not in here.strategy.suspended:
+    while "p2" not in here.strategy.conduct.suspended:
         here.cohort.memories.pop("p2", None)
         here.run(1)
     here.strategy.readmit("p2")
     here.run(1)
     here.cohort.memories.pop("p2")
     here.run(2)
-    assert "p2" in here.asked and "p2" not in here.strategy.suspended
+    assert "p2" in here.asked and "p2" not in here.strategy.conduct.suspended
 
 
 def test_strangers_have_no_model_and_no_statement(federation):
@@ -209,7 +209,7 @@ def test_an_absent_participant_changes_nothing_for_the_others_and_comes_back_exa
     here.run(2)
     here.strategy.deliver(here.grid)
     assert here.strategy.model_of("p3").tobytes() == here.cohort.memories["p3"].model.tobytes()
-    assert not here.strategy.resyncs
+    assert not here.strategy.conduct.resyncs
 
 
 def test_a_reply_that_is_lost_on_the_way_leaves_both_sides_alike(federation):
@@ -242,7 +242,7 @@ def test_a_participant_that_lost_its_model_is_sent_exactly_that(federation):
     here.cohort.memories["p2"].model = None
     model = here.strategy.model_of("p2")
     here.run(1)
-    assert here.strategy.resyncs == {"p2": 1}
+    assert here.strategy.conduct.resyncs == {"p2": 1}
     assert here.strategy.model_of("p2").tobytes() == model.tobytes()
     here.run(1)
     assert here.cohort.memories["p2"].model.tobytes() == model.tobytes()
@@ -255,7 +255,7 @@ def test_losing_the_model_every_round_gains_nothing(federation):
         plain.run(1)
         forgetful.cohort.memories.pop("p2", None)
         forgetful.run(1)
-    assert "p2" in forgetful.strategy.suspended
+    assert "p2" in forgetful.strategy.conduct.suspended
     gained = [len(s.strategy.statement("p2")) for s in (plain, forgetful)]
     assert gained[0] == 12 and gained[1] <= 4
     assert {"resync", "suspended"} <= {r["event"] for r in forgetful.strategy.log.rows()}
@@ -382,7 +382,7 @@ def test_an_app_that_fails_costs_nobody_else_the_round(federation):
     strategy = ReputationStrategy(here.initial)
     replies = grid.send_and_receive(strategy.configure_train(1, None, None, grid))
     strategy.aggregate_train(1, replies)
-    assert sorted(strategy.last.cosines) == ["p0", "p2"] and strategy.strikes == {"p1": 1}
+    assert sorted(strategy.last.cosines) == ["p0", "p2"] and strategy.conduct.strikes == {"p1": 1}
 
 
 def test_bad_models_are_refused_at_the_door():

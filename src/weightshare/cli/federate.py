@@ -35,7 +35,8 @@ def run(config: "FederateConfig") -> None:
     device = device_of(config.device)
     config.check()
     if config.dry_run:
-        show_plan(federation(config))
+        with one_thread():
+            show_plan(federation(config))
         return
     # Before the run is opened: options that the data refuse must not leave a folder behind.
     here = federation(config, Path(config.out) / "server")
@@ -112,11 +113,14 @@ def participant_rows(here: "Simulation", alone: dict[str, float]) -> list[dict[s
     found, strategy = here.accuracies(), here.reputation
     rows = []
     quotas: dict[str, float] = {}
+    rounds: dict[str, int] = {}
     if strategy is not None:
         # From the log: a resumed run that had only its report to write has judged nobody itself.
-        last = strategy.standing.round
-        judged = [row for row in strategy.log.rows("judged") if row["round"] == last]
-        quotas = {row["name"]: row["quota"] for row in judged}
+        for event in strategy.log.rows():
+            if event["event"] == "judged" and event["round"] == strategy.standing.round:
+                quotas[event["name"]] = event["quota"]
+            elif event["event"] in ("expelled", "suspended"):
+                rounds[event["name"]] = event["round"]
     for name in [*here.honest, *here.adversaries]:
         row: dict[str, Any] = {
             "participant": name,
@@ -128,11 +132,9 @@ def participant_rows(here: "Simulation", alone: dict[str, float]) -> list[dict[s
         if "loss" in found[name]:
             row["loss"] = round(found[name]["loss"], 4)
         if strategy is not None:
-            standing = strategy.standing
-            row["reputation"] = round(standing.reputation.get(name, 0.0), 4)
+            row["reputation"] = round(strategy.standing.reputation.get(name, 0.0), 4)
             row["quota"] = round(quotas.get(name, 0.0), 3)
-            gone = standing.expelled.get(name)
-            row["removed"] = int(gone["round"]) if gone else None
+            row["removed"] = rounds[name] if name in strategy.removed else None
         rows.append(row)
     return rows
 
@@ -147,7 +149,7 @@ def facts(here: "Simulation", rows: list[dict[str, Any]]) -> dict[str, Any]:
     bad = [row["accuracy"] for row in rows if row["participant"] in here.adversaries]
     accuracy, gain = [r["accuracy"] for r in good], [r["gain"] for r in good]
     fair = fairness([r["alone"] for r in good], accuracy)
-    removed = here.reputation.standing.expelled if here.reputation else {}
+    removed = here.reputation.removed if here.reputation else set()
     found = here.accuracies()
     result: dict[str, Any] = {
         "accuracy": {
@@ -264,6 +266,8 @@ def show_plan(here: "Simulation") -> None:
     from weightshare.cli.console import say, show_table
 
     config, size, count = here.config, len(here.initial), len(here.examples)
+    # The first steps of a process take as long as many rounds: they are not part of the estimate.
+    here.training.train({here.honest[0]: here.initial}, 1)
     begun = time.perf_counter()
     here.training.train(dict.fromkeys(here.honest, here.initial), 1)
     seconds = (time.perf_counter() - begun) * config.rounds * 2.2

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from weightshare.errors import UserError
 from weightshare.federated import flower, survival, wire
 from weightshare.federated.audit_log import AuditLog
+from weightshare.federated.conduct import Conduct
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.examination import examine
 from weightshare.federated.grid import WithoutNetwork
@@ -98,15 +99,12 @@ class ReputationStrategy(Strategy):
         self.layers = layers if self.config.quota == "layer" else None
         self.roster, self.sizes, self.root, self.folder = roster, sizes, root, folder
         self.minimum, self.wait, self.sleep = minimum, wait, sleep
-        self.strike_limit, self.resync_limit = strikes, resyncs
+        self.conduct = Conduct(strikes, resyncs)
         self.initial = initial
         self.server = initial.copy()
         """``w_0 + Σ a``: for evaluation and late joiners' comparison, never sent to anyone."""
         self.standing = Standing()
         self.log = AuditLog(folder / "audit.jsonl" if folder else None)
-        self.strikes: dict[str, int] = {}
-        self.resyncs: dict[str, int] = {}
-        self.suspended: set[str] = set()
         self.last: Assessment | None = None
         """How the last round was judged."""
         self.names: list[str] = []
@@ -115,7 +113,6 @@ class ReputationStrategy(Strategy):
         self._payout = Payout()
         self._stale: set[str] = set()  # who must be sent the whole model
         self._tickets: dict[int, wire.Ticket] = {}
-        self._squares: dict[str, float] = {}
         self.repeats = Repeats(len(initial))
         self.extra: dict[str, NDArray[Any]] = {}
         self._bytes = 0
@@ -132,7 +129,7 @@ class ReputationStrategy(Strategy):
         number = self.standing.round + 1
         self._tickets, self._bytes, messages = {}, 0, []
         for node, name in nodes:
-            if name in self.standing.expelled or name in self.suspended:
+            if name in self.removed:
                 continue
             ticket = self._ticket(name, number)
             # Whoever is inactive is only asked whether it is there: an answer brings it back.
@@ -150,36 +147,34 @@ class ReputationStrategy(Strategy):
         model."""
         number = self.standing.round + 1
         updates = self._updates(replies)
-        asked = {ticket.name for ticket in self._tickets.values()}
         # Whoever has not answered may or may not have had its reward: the model settles it.
         self._stale = set(self.names) - updates.keys()
         self._payout = Payout()
-        present = {n: u for n, u in updates.items() if n in self.standing.reputation}
+        present = {n: u for n, (u, _) in updates.items() if n in self.standing.reputation}
         if present:
             reference = self.root(self.server, number) if self.root else None
-            self.standing, judged = assess(
+            self.standing, self.last = assess(
                 self.standing,
                 present,
                 self.config,
                 sizes=self.sizes,
                 reference=reference,
-                squares=self._squares,
+                squares={name: square for name, (_, square) in updates.items()},
             )
-            self._settle(present, judged)
+            self._settle(present, self.last)
         else:
-            self.standing, judged = missed(self.standing, self.config), None
+            self.standing, self.last = missed(self.standing, self.config), None
             self.log.add("void", round=number)
-        self.last = judged
         for name in updates.keys() & self.standing.inactive.keys():
             self._return(name)
         return None, MetricRecord(
             {
                 "round": number,
-                "asked": len(asked),
+                "asked": len(self._tickets),
                 "answered": len(present),
                 "live": len(self.standing.reputation),
                 "expelled": len(self.standing.expelled),
-                "below-threshold": len(judged.below) if judged else 0,
+                "below-threshold": len(self.last.below) if self.last else 0,
                 "bytes-sent": self._bytes,
                 "bytes-received": 4 * len(self.initial) * len(present),
             }
@@ -197,10 +192,7 @@ class ReputationStrategy(Strategy):
         return None
 
     def summary(self) -> None:
-        """Flower's own log gets one line."""
-        import logging
-
-        logging.getLogger("flwr").info("%s", self.config)
+        """Nothing: the audit log says more than Flower's."""
 
     def deliver(self, grid: Grid, timeout: float = 600.0) -> int:
         """Send everyone the reward of the last round, which no further training message carries.
@@ -208,12 +200,12 @@ class ReputationStrategy(Strategy):
         Returns:
             how many confirmed it.
         """
-        messages, asked = [], {}
-        for node, name in self._online(grid):
-            if name in self.standing.reputation:
-                asked[node] = name
-                content = self._order(self._ticket(name, self.standing.round))
-                messages.append(Message(content, node, wire.REWARD, group_id="reward"))
+        live, number = self.standing.reputation, self.standing.round
+        asked = {node: name for node, name in self._online(grid) if name in live}
+        messages = [
+            Message(self._order(self._ticket(name, number)), node, wire.REWARD, group_id="reward")
+            for node, name in asked.items()
+        ]
         replies = grid.send_and_receive(messages, timeout=timeout)
         heard = {asked[r.metadata.src_node_id] for r in replies if not r.has_error()}
         # Nothing is owed any more; whoever has not confirmed is sent its model if it goes on.
@@ -223,17 +215,23 @@ class ReputationStrategy(Strategy):
 
     # What an operator asks ----------------------------------------------------------------------
 
+    @property
+    def removed(self) -> set[str]:
+        """Who takes no part any more: expelled, or suspended for its conduct."""
+        return {*self.standing.expelled, *self.conduct.suspended}
+
     def model_of(self, name: str) -> Vector:
         """A participant's exact model, ``(D,)``; UserError where the roster does not have it."""
-        return self._model(self._known(name)).copy()
+        return self._model(name).copy()
 
     def reward_of(self, name: str) -> Vector | None:
         """The reward that the next message brings, ``(D,)``; None where there is none."""
-        return self._payout.reward_of(self._known(name))
+        self._row(name)
+        return self._payout.reward_of(name)
 
     def statement(self, name: str) -> list[dict[str, Any]]:
         """What a participant was sent and how it was judged, round by round."""
-        self._known(name)
+        self._row(name)
         return [
             {
                 key: row[key]
@@ -249,11 +247,10 @@ class ReputationStrategy(Strategy):
         Raises:
             UserError: it is not in the roster, or was never out.
         """
-        if self._known(name) in self.standing.reputation and name not in self.suspended:
+        self._row(name)
+        if name in self.standing.reputation:
             raise UserError(f"{name!r} takes part already; there is nothing to readmit.")
-        self.suspended.discard(name)
-        self.strikes.pop(name, None)
-        self.resyncs.pop(name, None)
+        self.conduct.pardon(name)
         self._return(name, "readmitted")
 
     # Survival -----------------------------------------------------------------------------------
@@ -289,21 +286,20 @@ class ReputationStrategy(Strategy):
                     f"{', '.join(names)}; resume with the participants it was started with."
                 )
             return
-        self.names = names
-        self.models = survival.room(self.folder, len(names), len(self.initial))
-        self.models[:] = self.initial
+        self.names, self._stale = names, set(names)
         self.standing = Standing.begin(names, self.config, self.sizes)
-        self._stale = set(names)
+        everyone = np.broadcast_to(self.initial, (len(names), len(self.initial)))
+        self.models = survival.kept(self.folder, everyone)
 
-    def _known(self, name: str) -> str:
+    def _row(self, name: str) -> int:
         if name not in self.names:
             raise UserError(
                 f"{name!r} is not in the roster ({', '.join(self.names)}); give one of these."
             )
-        return name
+        return self.names.index(name)
 
     def _model(self, name: str) -> Vector:
-        return self.models[self.names.index(name)]
+        return self.models[self._row(name)]
 
     def _ticket(self, name: str, number: int) -> wire.Ticket:
         return wire.Ticket(name, number, wire.checksum(self._model(name)))
@@ -324,10 +320,9 @@ class ReputationStrategy(Strategy):
         assert self.roster is not None
         return online(grid, self.roster, self.minimum, self.wait, self.sleep)
 
-    def _updates(self, replies: Iterable[Message]) -> dict[str, Vector]:
-        """The valid updates by participant; the rest is noted."""
-        updates: dict[str, Vector] = {}
-        self._squares = {}
+    def _updates(self, replies: Iterable[Message]) -> dict[str, tuple[Vector, float]]:
+        """The valid updates and their squared norms by participant; the rest is noted."""
+        updates: dict[str, tuple[Vector, float]] = {}
         heard: set[str] = set()
         for reply in replies:
             ticket = self._tickets.get(reply.metadata.src_node_id)
@@ -336,46 +331,39 @@ class ReputationStrategy(Strategy):
                 continue
             heard.add(ticket.name)
             try:
-                update = wire.read_update(reply, ticket, len(self.initial))
+                longest = self.config.longest * self.config.norm
+                update = wire.read_update(reply, ticket, len(self.initial), longest)
             except wire.Rejected as reason:
                 self._strike(ticket, str(reason))
                 continue
             if update is None:
                 self._lost(ticket)
                 continue
-            vector, square = update
-            if self.config.longest and square > (self.config.longest * self.config.norm) ** 2:
-                self._strike(ticket, "implausibly long")
-                continue
-            updates[ticket.name], self._squares[ticket.name] = vector, square
-            if self.repeats.found(ticket.name, vector):
-                self.log.add(
-                    "repeats", round=ticket.round, name=ticket.name, what="its last update"
-                )
+            updates[ticket.name] = update
+            for what in self.repeats.found(ticket.name, update[0]):
+                self.log.add("repeats", round=ticket.round, name=ticket.name, what=what)
         return updates
 
     def _strike(self, ticket: wire.Ticket, reason: str) -> None:
-        count = self.strikes.get(ticket.name, 0) + 1
-        self.strikes[ticket.name] = count
+        count, enough = self.conduct.strike(ticket.name)
         self.log.add("rejected", round=ticket.round, name=ticket.name, reason=reason, strike=count)
-        if count >= self.strike_limit:
+        if enough:
             self._suspend(ticket, "too many invalid replies")
 
     def _lost(self, ticket: wire.Ticket) -> None:
         if ticket.name in self.standing.inactive:
             self._return(ticket.name)
             return
-        count = self.resyncs.get(ticket.name, 0) + 1
-        self.resyncs[ticket.name] = count
+        count, enough = self.conduct.resync(ticket.name)
         self.log.add("resync", round=ticket.round, name=ticket.name, count=count)
-        if count > self.resync_limit:
+        if enough:
             self._suspend(ticket, "its model was asked for too often")
 
     def _suspend(self, ticket: wire.Ticket, reason: str) -> None:
         if len(self.standing.reputation) <= 1 or ticket.name not in self.standing.reputation:
             return
         self.standing = without(self.standing, ticket.name)
-        self.suspended.add(ticket.name)
+        self.conduct.suspended.add(ticket.name)
         self.log.add("suspended", round=ticket.round, name=ticket.name, reason=reason)
 
     def _return(self, name: str, event: str = "returned") -> None:
@@ -389,9 +377,10 @@ class ReputationStrategy(Strategy):
         self.server = self.server + judged.aggregate
         self._payout = payout_of(updates, judged, self.config, self.layers)
         for name in judged.quotas:
-            row, own = self.names.index(name), self._payout.scales[name]
+            row, scale = self._row(name), self._payout.scales[name]
             reward = self._payout.reward_of(name)
-            self.models[row] = wire.advance(self.models[row], updates[name], own, reward)
+            self.repeats.pay(name, reward)
+            self.models[row] = wire.advance(self.models[row], updates[name], scale, reward)
         entries = {name: self._payout.count(name) for name in judged.quotas}
         self.log.judgement(judged, self.standing, entries)
         if judged.round == self.config.probation:
@@ -407,5 +396,5 @@ class ReputationStrategy(Strategy):
         if found.model is not None:
             self.server = found.model
             for name in found.entitled:
-                self.models[self.names.index(name)] = found.model
+                self.models[self._row(name)] = found.model
                 self._stale.add(name)

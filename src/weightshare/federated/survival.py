@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from weightshare.errors import UserError
 from weightshare.federated.audit_log import AuditLog
+from weightshare.federated.conduct import Conduct
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.payout import Payout
 from weightshare.federated.repeats import Repeats
@@ -35,9 +36,7 @@ class Server(Protocol):
     models: NDArray[np.float32]
     names: list[str]
     standing: Standing
-    strikes: dict[str, int]
-    resyncs: dict[str, int]
-    suspended: set[str]
+    conduct: Conduct
     repeats: Repeats
     extra: dict[str, NDArray[Any]]
     _stale: set[str]
@@ -47,16 +46,15 @@ class Server(Protocol):
 def save(strategy: Server, folder: Path, keep: int, extra: Mapping[str, NDArray[Any]]) -> Path:
     """See ``ReputationStrategy.save``."""
     tensors = {"models": strategy.models, "server": strategy.server, "initial": strategy.initial}
-    tensors |= {f"seen/{name}": value for name, value in strategy.repeats.seen.items()}
+    for kind, vectors in _by_name(strategy).items():
+        tensors |= {f"{kind}/{name}": value for name, value in vectors.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items()}
     values = {
         "schema": SCHEMA,
         "rules": rules(strategy),
         "names": strategy.names,
         "standing": strategy.standing.state(),
-        "strikes": strategy.strikes,
-        "resyncs": strategy.resyncs,
-        "suspended": sorted(strategy.suspended),
+        **strategy.conduct.state(),
     }
     packed = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
     return checkpoint.save(folder, strategy.standing.round, packed, values, keep)
@@ -86,35 +84,37 @@ def restore(strategy: Server, folder: Path) -> int:
             f"{', '.join(strategy.names)}; resume with the roster it was started with."
         )
     strategy.names = values["names"]
-    strategy.models = room(strategy.folder, *models.shape)
-    strategy.models[:] = models
+    strategy.models = kept(strategy.folder, models)
     strategy.server = tensors["server"].numpy()
     strategy.initial = tensors["initial"].numpy()
     strategy.standing = Standing.load(values["standing"])
-    strategy.strikes, strategy.resyncs = dict(values["strikes"]), dict(values["resyncs"])
-    strategy.suspended = set(values["suspended"])
-    strategy.repeats.seen = {
-        name.removeprefix("seen/"): t.numpy()
-        for name, t in tensors.items()
-        if name.startswith("seen/")
-    }
-    strategy.extra = {
-        name.removeprefix("extra/"): t.numpy()
-        for name, t in tensors.items()
-        if name.startswith("extra/")
-    }
+    strategy.conduct.load(values)
+    strategy.extra = {}
+    for kind, vectors in (_by_name(strategy) | {"extra": strategy.extra}).items():
+        vectors.clear()
+        vectors |= {
+            name.removeprefix(f"{kind}/"): tensor.numpy()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{kind}/")
+        }
     strategy._stale = set(strategy.names)
     strategy._payout = Payout()
     strategy.log.add("restored", round=strategy.standing.round)
     return strategy.standing.round
 
 
-def room(folder: Path | None, count: int, dimension: int) -> NDArray[np.float32]:
-    """Where everyone's model is kept: ``(N, D)``, a file in ``folder`` or memory."""
+def kept(folder: Path | None, models: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Everyone's model, ``(N, D)``, to write to: a file in ``folder``, or memory."""
     if folder is None:
-        return np.zeros((count, dimension), np.float32)
+        return models.copy()
     folder.mkdir(parents=True, exist_ok=True)
-    return np.memmap(folder / "models.f32", np.float32, "w+", shape=(count, dimension))
+    file = np.memmap(folder / "models.f32", np.float32, "w+", shape=models.shape)
+    file[:] = models
+    return file
+
+
+def _by_name(strategy: Server) -> dict[str, dict[str, Vector]]:
+    return {"seen": strategy.repeats.seen, "paid": strategy.repeats.paid}
 
 
 def rules(strategy: Server) -> dict[str, str]:

@@ -117,9 +117,11 @@ def lost(number: int) -> RecordDict:
     return RecordDict({"report": ConfigRecord({"round": number, "lost": True})})
 
 
-def read_update(message: Message, ticket: Ticket, dimension: int) -> tuple[Vector, float] | None:
+def read_update(
+    message: Message, ticket: Ticket, dimension: int, longest: float = 0.0
+) -> tuple[Vector, float] | None:
     """The update of a reply to ``ticket``, ``(D,)`` float32, and its squared norm; None where the
-    model was lost.
+    model was lost. A norm above ``longest`` is implausible; 0 is no limit.
 
     Raises:
         Rejected: anything at all is not as it must be. Sizes are compared before bytes are read.
@@ -140,7 +142,10 @@ def read_update(message: Message, ticket: Ticket, dimension: int) -> tuple[Vecto
         raise Rejected("answer from another model")
     if not isinstance(content["update"], ArrayRecord) or set(content["update"]) != {"update"}:
         raise Rejected("unexpected arrays")
-    return read_measured(content["update"]["update"], dimension)
+    update, square = read_measured(content["update"]["update"], dimension)
+    if longest and square > longest**2:
+        raise Rejected("implausibly long")
+    return update, square
 
 
 def read_vector(packed: Array, dimension: int) -> Vector:
