@@ -75,6 +75,23 @@ def test_zero_lattice_vectors_are_allowed_where_nothing_repeats():
         neighbour_list(torch.zeros(1, 3), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cutoff": float("inf")}, "finite distance"),
+        ({"cutoff": float("nan")}, "finite distance"),
+        ({"positions": torch.full((1, 3), float("nan"))}, "not finite"),
+        ({"cell": torch.eye(2)}, "lattice vectors"),
+        ({"cell": torch.full((3, 3), float("nan"))}, "lattice vectors"),
+        ({"cell": None, "pbc": torch.tensor([True] * 3)}, "lattice vectors"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(given, said):
+    whole = {"positions": torch.zeros(1, 3), "cutoff": 1.0, "cell": torch.eye(3)} | given
+    with pytest.raises(UserError, match=said):
+        neighbour_list(**whole)
+
+
 def test_no_points_have_no_neighbours():
     assert neighbour_list(torch.zeros(0, 3), 1.0, torch.eye(3)).edges.shape == (2, 0)
     assert radius_edges(torch.zeros(0, 3), 1.0).shape == (2, 0)

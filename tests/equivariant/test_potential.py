@@ -275,6 +275,18 @@ def test_what_was_never_seen_is_refused():
         model(NUMBERS[:3], x)
     with pytest.raises(UserError, match="not finite"):
         model(NUMBERS, x * float("nan"))
+    with pytest.raises(UserError, match=r"never seen \[0\]"):  # 0 is padding, where a mask says so
+        model(torch.tensor([6, 1, 0, 1, 1]), x)
+    with pytest.raises(UserError, match="whole atomic number"):
+        model(NUMBERS.double(), x)
+    with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
+        model(NUMBERS, x)
+    flat = torch.diag(torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64))
+    along = torch.tensor([True, True, False])
+    with pytest.raises(UserError, match="with a volume"):
+        potential(cutoff=2.0)(NUMBERS, x, cell=flat, pbc=along, stress=True)
+    with pytest.raises(UserError, match="scale"):
+        PonitaPotential([1], scale=0.0)
     for bad in ([], [0], [119]):
         with pytest.raises(UserError, match="species"):
             PonitaPotential(bad)

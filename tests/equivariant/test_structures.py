@@ -1,15 +1,24 @@
 """Structures from files: small ones written here, real ones where WEIGHTSHARE_DATA has them."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from weightshare.data import locate
-from weightshare.equivariant import collate, read_structures, stack_molecules
-from weightshare.equivariant.structures import KCAL_PER_MOL
+from weightshare.equivariant import (
+    PonitaPotential,
+    PotentialTask,
+    Structure,
+    collate,
+    read_structures,
+    stack_molecules,
+)
+from weightshare.equivariant.structures import KCAL_PER_MOL, check_structure
 from weightshare.errors import UserError
+from weightshare.training import total
 
 ase = pytest.importorskip("ase")
 
@@ -58,6 +67,45 @@ def test_extended_xyz_keeps_cell_stress_and_numbers(tmp_path):
         stack_molecules([first, second])
 
 
+def test_a_virial_is_minus_the_stress_times_the_volume(tmp_path):
+    from ase import Atoms
+    from ase.io import write
+
+    atoms = Atoms("Si", cell=[4, 5, 6], pbc=True)
+    half = np.arange(9.0).reshape(3, 3)
+    atoms.info |= {"energy": 1.0, "virial": half + half.T}
+    atoms.arrays["forces"] = np.zeros((1, 3))
+    write(tmp_path / "a.extxyz", atoms)
+    (found,) = read_structures(tmp_path / "a.extxyz", "meV")
+    assert np.allclose(found.stress, -1e-3 * atoms.info["virial"] / 120)
+
+
+def test_a_slab_without_a_third_vector_trains_beside_a_crystal():
+    slab = Structure(
+        np.array([14, 14]), np.array([[0.0, 0, 0], [1.5, 1.4, 0.3]]), -1.0, np.ones((2, 3)),
+        np.eye(3), np.diag([4.0, 4.0, 0.0]), (True, True, False),
+    )  # fmt: skip
+    vacuum = replace(slab, cell=np.diag([4.0, 4.0, 9.0]))
+    batch = collate([slab, vacuum, replace(vacuum, pbc=(True, True, True))], 3.0)
+    assert batch["stress"][0].isnan().all() and batch["stress"][1:].isfinite().all()
+    torch.manual_seed(0)
+    task = PotentialTask(
+        PonitaPotential([14], cutoff=3.0, orientations=6, hidden=8, basis=8, layers=1),
+        stress_weight=1.0,
+    )
+    total(task(batch)).backward()
+    slopes = [p.grad for p in task.parameters() if p.grad is not None]
+    assert slopes and all(slope.isfinite().all() for slope in slopes)
+
+
+def test_an_atom_on_the_image_of_another_is_refused():
+    cell = np.array([[4.0, 0, 0], [1, 4, 0], [0, 0, 4]])
+    frame = Structure(np.array([14, 14]), np.stack([np.zeros(3), cell[0] - cell[1]]), cell=cell)
+    check_structure(frame)
+    with pytest.raises(UserError, match="one place"):
+        check_structure(replace(frame, pbc=(True, True, True)))
+
+
 def test_files_that_cannot_be_used_are_refused(tmp_path):
     data = arrays()
     broken = {**data, "R": np.full((3, 2, 3), np.nan)}
@@ -71,11 +119,18 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     np.savez(tmp_path / "flat.npz", **{**data, "R": np.zeros((3, 6))})
     np.savez(tmp_path / "shape.npz", **{**data, "z": np.array([6, 1, 1])})
     np.savez(tmp_path / "nothing.npz", **{**data, "z": np.array([0, 1])})
+    np.savez(tmp_path / "half.npz", **{**data, "z": np.array([6.5, 1])})
+    np.savez(tmp_path / "fewer.npz", **{**data, "z": np.array([[6, 1]] * 2)})
+    np.savez(tmp_path / "words.npz", **{**data, "E": np.array(["a", "b", "c"])})
+    np.savez(tmp_path / "bohr.npz", **data, r_unit="bohr")
+    np.savez(tmp_path / "cell.npz", **data, cell=np.eye(2))
     (tmp_path / "text.npz").write_text("no archive")
     cases = {
         "pickled": "pickled", "nan": "not finite", "same": "one place", "part": "lacks R, E",
         "short": "2 energies", "flat": r"positions \(3, 6\)", "shape": "for 3 atoms",
-        "nothing": "atomic number 0", "text": "no npz file",
+        "nothing": "atomic number 0", "text": "no npz file", "half": "whole numbers",
+        "fewer": "for 3 frames", "words": "E in .* give numbers", "bohr": "in bohr",
+        "cell": "cell in .* shape",
     }  # fmt: skip
     for name, said in cases.items():
         with pytest.raises(UserError, match=said):

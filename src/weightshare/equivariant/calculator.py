@@ -61,8 +61,8 @@ class PonitaCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
         periodic = bool(atoms.pbc.any())
-        frame = Structure(atoms.numbers, atoms.positions)
-        check_structure(frame)
+        cell = atoms.cell.array if periodic else None
+        check_structure(Structure(atoms.numbers, atoms.positions, cell=cell, pbc=tuple(atoms.pbc)))
         numbers = torch.as_tensor(atoms.numbers, dtype=torch.int64)
         positions = torch.as_tensor(atoms.positions, dtype=self.dtype)
         self.potential.check(numbers.to(self.potential.species.device), positions)

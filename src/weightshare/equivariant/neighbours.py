@@ -6,12 +6,14 @@ too, also of itself, also where the cutoff exceeds the cell; a point and itself 
 no edge here (networks add self-loops themselves).
 """
 
+import math
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from weightshare.equivariant.checks import check_finite
 from weightshare.errors import UserError
 
 BRUTE_FORCE = 512
@@ -43,17 +45,21 @@ def neighbour_list(
         pbc: (3,) bool; default periodic in all directions where a cell is given.
 
     Raises:
-        UserError: the cutoff is not positive, or the lattice vectors of a periodic direction are
-            linearly dependent.
+        UserError: the cutoff is not a finite distance, a coordinate is not finite, there is no cell
+            to repeat, or the lattice vectors of a periodic direction are linearly dependent.
     """
-    if not cutoff > 0:
-        raise UserError(f"The cutoff is {cutoff}; give a distance above 0.")
+    if not 0 < cutoff < math.inf:
+        raise UserError(f"The cutoff is {cutoff}; give a finite distance above 0.")
     positions = positions.detach()
-    if cell is None or (pbc is not None and not bool(pbc.any())):
+    check_finite(positions)
+    periodic = torch.tensor([cell is not None] * 3) if pbc is None else pbc.cpu().bool()
+    if not bool(periodic.any()):
         edges = radius_edges(positions, cutoff)
         return Neighbours(edges, edges.new_zeros(edges.shape[1], positions.shape[1]))
-    periodic = torch.ones(3, dtype=torch.bool) if pbc is None else pbc.cpu().bool()
-    cell = _completed(cell.detach().to(positions), periodic)
+    if cell is None or tuple(cell.shape) != (3, 3) or not bool(torch.isfinite(cell).all()):
+        given = "nothing" if cell is None else cell.tolist()
+        raise UserError(f"The cell is {given}; give (3, 3) finite lattice vectors in rows.")
+    cell = completed(cell.detach().to(positions), periodic)
     inverse = torch.linalg.inv(cell)
     home = (positions @ inverse).floor() * periodic.to(positions)
     wrapped = positions - home @ cell
@@ -75,8 +81,9 @@ def neighbour_list(
     return Neighbours(edges, shifts[~itself].round().long())
 
 
-def _completed(cell: Tensor, periodic: Tensor) -> Tensor:
-    """The cell with the directions that are not periodic replaced by orthogonal ones."""
+def completed(cell: Tensor, periodic: Tensor) -> Tensor:
+    """The cell (3, 3) with the directions that are not ``periodic`` (3,) replaced by orthogonal
+    unit vectors."""
     rows = cell[periodic.to(cell.device)]
     if torch.linalg.matrix_rank(rows) < len(rows):
         raise UserError(

@@ -61,6 +61,8 @@ class PonitaPotential(nn.Module):
         chosen = sorted(set(map(int, species)))
         if not chosen or chosen[0] < 1 or chosen[-1] > 118:
             raise UserError(f"species are {chosen}; give atomic numbers from 1 to 118.")
+        if not scale > 0:
+            raise UserError(f"scale is {scale}; give an energy in eV above 0.")
         if references is not None and len(references) != len(chosen):
             raise UserError(
                 f"references has {len(references)} energies for the species {chosen}; give one "
@@ -116,17 +118,23 @@ class PonitaPotential(nn.Module):
             create_graph: let forces be differentiated again (training, Hessians).
 
         Raises:
-            UserError: a species was not seen in training, atoms coincide with coordinates that are
-                not finite, a periodic cell without a cutoff.
+            UserError: a species was not seen in training, coordinates are not finite, a cell is
+                periodic without a cutoff, a stress is asked for without a volume, derivatives in
+                ``torch.inference_mode``.
         """
-        self.check(numbers, positions)
+        self.check(numbers, positions, mask)
+        if (forces or stress) and torch.is_inference_mode_enabled():
+            raise UserError(
+                "Forces and stress are derivatives, which torch.inference_mode forbids; use "
+                "torch.no_grad instead, or ask for energies alone with forces=False."
+            )
         flat = positions.ndim == 2
         with torch.enable_grad():
             x = positions if positions.requires_grad else positions.detach().requires_grad_()
             strain = None
             y, lattice = x, cell
             if flat:
-                batch = torch.zeros_like(numbers) if batch is None else batch
+                batch = torch.zeros_like(numbers, dtype=torch.int64) if batch is None else batch
                 graphs = (int(batch.max()) + 1 if len(batch) else 1) if graphs is None else graphs
                 lattice = None if cell is None else cell.reshape(-1, 3, 3)
                 if edges is None and lattice is not None:
@@ -135,6 +143,8 @@ class PonitaPotential(nn.Module):
             if stress:
                 if not flat or lattice is None or batch is None:
                     raise UserError("A stress needs a cell; give cell, and atoms as (atoms, 3).")
+                if not lattice.is_cuda and bool((torch.linalg.det(lattice) == 0).any()):
+                    raise UserError("A stress needs a cell with a volume; give three vectors.")
                 strain = x.new_zeros(graphs or 1, 3, 3).requires_grad_()
                 symmetric = (strain + strain.mT) / 2
                 y = x + torch.einsum("ad,ade->ae", x, symmetric[batch])
@@ -206,17 +216,18 @@ class PonitaPotential(nn.Module):
         found = neighbour_list(positions, self.cutoff, lattice[0], pbc)
         return found.edges, found.shifts
 
-    def check(self, numbers: Tensor, positions: Tensor) -> None:
+    def check(self, numbers: Tensor, positions: Tensor, mask: Tensor | None = None) -> None:
         """Refuse species that were never seen and shapes that do not fit. On a GPU only shapes are
         looked at, so that the step does not wait; check once on the CPU."""
-        if tuple(numbers.shape) != tuple(positions.shape[:-1]):
+        if tuple(numbers.shape) != tuple(positions.shape[:-1]) or numbers.is_floating_point():
             raise UserError(
-                f"numbers have shape {tuple(numbers.shape)} for positions of shape "
-                f"{tuple(positions.shape)}; give one atomic number per atom."
+                f"numbers have shape {tuple(numbers.shape)} and type {numbers.dtype} for positions "
+                f"of shape {tuple(positions.shape)}; give one whole atomic number per atom."
             )
         if numbers.is_cuda:
             return
-        strangers = set(numbers.unique().tolist()) - set(self.species.tolist()) - {0}
+        present = numbers if mask is None else numbers[mask]
+        strangers = set(present.unique().tolist()) - set(self.species.tolist())
         if strangers:
             raise UserError(
                 f"The potential was made for the species {self.species.tolist()} and has never "

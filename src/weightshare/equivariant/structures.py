@@ -40,7 +40,8 @@ def read_structures(path: str | Path, unit: str = "auto") -> list[Structure]:
     """All frames of an extended XYZ file (.xyz, .extxyz, also .gz) or of an npz file.
 
     npz: rMD17's names (nuclear_charges, coords, energies, forces; kcal/mol) or MD17's and sGDML's
-    (z, R, E, F, with the unit in ``units`` or ``e_unit``), optionally ``cell``.
+    (z, R, E, F, with the unit in ``units`` or ``e_unit``), optionally ``cell``. XYZ: where there is
+    no ``stress`` but a ``virial``, the stress is minus the virial over the volume.
 
     Args:
         unit: of the energies: eV, kcal/mol, Hartree or meV; auto takes what the file or its format
@@ -69,8 +70,8 @@ def read_structures(path: str | Path, unit: str = "auto") -> list[Structure]:
 
 
 def check_structure(frame: Structure, name: str = "the structure") -> None:
-    """Refuse shapes that do not fit, species that do not exist, coordinates that are not finite and
-    atoms that coincide."""
+    """Refuse shapes that do not fit, species that do not exist, numbers that are not finite and
+    atoms that coincide, images of them too."""
     if frame.positions.shape != (len(frame), 3):
         raise UserError(
             f"The positions of {name} have shape {frame.positions.shape} for {len(frame)} atoms; "
@@ -81,8 +82,13 @@ def check_structure(frame: Structure, name: str = "the structure") -> None:
         raise UserError(f"{name} holds the atomic number {wrong}; there are 1 to 118.")
     if not np.isfinite(frame.positions).all():
         raise UserError(f"A coordinate of {name} is not finite; repair or leave out the frame.")
+    if frame.cell is not None and (frame.cell.shape != (3, 3) or not np.isfinite(frame.cell).all()):
+        raise UserError(f"The cell of {name} is {frame.cell.tolist()}; give (3, 3) finite numbers.")
     if 1 < len(frame) <= 512:
         gaps = frame.positions[:, None] - frame.positions[None]
+        if frame.cell is not None:
+            turns = (gaps @ np.linalg.pinv(frame.cell)).round() * np.array(frame.pbc)
+            gaps = gaps - turns @ frame.cell
         squared = (gaps**2).sum(-1) + np.eye(len(frame))
         if squared.min() < 1e-8:
             a, b = np.unravel_index(squared.argmin(), squared.shape)
@@ -93,34 +99,35 @@ def _read_xyz(path: Path, unit: str) -> list[Structure]:
     from ase.io import read
 
     factor = UNITS["eV" if unit == "auto" else unit]
-    frames = []
     try:
-        found = read(str(path), ":", format="extxyz")
+        return [_of_ase(atoms, factor) for atoms in read(str(path), ":", format="extxyz")]
     except (OSError, ValueError, KeyError, IndexError) as error:  # XYZError is an OSError
         raise UserError(f"{path} is no extended XYZ file: {error}") from error
-    for atoms in found:
-        known = {} if atoms.calc is None else atoms.calc.results
-        energy = known.get("energy", atoms.info.get("energy"))
-        pull = known.get("forces", atoms.arrays.get("forces"))
-        stress = known.get("stress", atoms.info.get("stress"))
-        if stress is not None:
-            stress = np.asarray(stress, float)
-            if stress.size == 6:
-                stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
-            stress = factor * stress.reshape(3, 3)
-        frames.append(
-            Structure(
-                atoms.numbers.astype(np.int64),
-                np.asarray(atoms.positions, float),
-                None if energy is None else factor * float(energy),
-                None if pull is None else factor * np.asarray(pull, float),
-                stress,
-                np.asarray(atoms.cell.array, float) if atoms.pbc.any() else None,
-                tuple(map(bool, atoms.pbc)),  # type: ignore[arg-type]
-                dict(atoms.info),
-            )
-        )
-    return frames
+
+
+def _of_ase(atoms: Any, factor: float) -> Structure:
+    known = {} if atoms.calc is None else atoms.calc.results
+    energy = known.get("energy", atoms.info.get("energy"))
+    pull = known.get("forces", atoms.arrays.get("forces"))
+    stress = known.get("stress", atoms.info.get("stress"))
+    virial = atoms.info.get("virial", atoms.info.get("virials"))
+    if stress is None and virial is not None and atoms.cell.volume > 0:
+        stress = -np.asarray(virial, float) / atoms.cell.volume
+    if stress is not None:
+        stress = np.asarray(stress, float)
+        if stress.size == 6:
+            stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
+        stress = factor * stress.reshape(3, 3)
+    return Structure(
+        atoms.numbers.astype(np.int64),
+        np.asarray(atoms.positions, float),
+        None if energy is None else factor * float(energy),
+        None if pull is None else factor * np.asarray(pull, float),
+        stress,
+        np.asarray(atoms.cell.array, float) if atoms.pbc.any() else None,
+        tuple(map(bool, atoms.pbc)),  # type: ignore[arg-type]
+        dict(atoms.info),
+    )
 
 
 def _read_npz(path: Path, unit: str) -> list[Structure]:
@@ -140,7 +147,20 @@ def _read_npz(path: Path, unit: str) -> list[Structure]:
             f"{path} lacks {', '.join(missing)}; give arrays z, R, E, F or nuclear_charges, "
             "coords, energies, forces."
         )
-    numbers, places, energies, pulls = (np.asarray(kept[name]) for name in names)
+    numbers, places, energies, pulls = (kept[name] for name in names)
+    for name in names:
+        if not np.issubdtype(kept[name].dtype, np.number):
+            raise UserError(f"{name} in {path} holds {kept[name].dtype}; give numbers.")
+    length = str(kept.get("r_unit", "Ang")).lower()
+    if not length.startswith("ang") and length not in ("a", "å"):
+        raise UserError(f"The positions in {path} are in {length}; give them in angstrom.")
+    if numbers.ndim == 1:
+        numbers = np.broadcast_to(numbers, (len(places), len(numbers)))
+    if (numbers != numbers.round()).any() or len(numbers) != len(places):
+        raise UserError(
+            f"{path} has the atomic numbers {numbers.shape} for {len(places)} frames; give whole "
+            "numbers, (atoms,) or (frames, atoms)."
+        )
     if places.ndim != 3 or pulls.shape != places.shape or energies.size != len(places):
         raise UserError(
             f"{path} has positions {places.shape}, forces {pulls.shape} and {energies.size} "
@@ -151,9 +171,11 @@ def _read_npz(path: Path, unit: str) -> list[Structure]:
     factor, cell = UNITS[unit], kept.get("cell")
     energies = energies.reshape(len(places)).astype(float)
     periodic = cell is not None
+    if cell is not None and cell.shape not in ((3, 3), (len(places), 3, 3)):
+        raise UserError(f"cell in {path} has shape {cell.shape}; give (3, 3) or (frames, 3, 3).")
     return [
         Structure(
-            (numbers if numbers.ndim == 1 else numbers[k]).astype(np.int64),
+            numbers[k].astype(np.int64),
             places[k].astype(float),
             factor * float(energies[k]),
             factor * pulls[k].astype(float),
@@ -227,13 +249,21 @@ def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tens
     """Structures of any size and periodicity one after another, with their neighbours.
 
     Keys: numbers, positions, batch, edges, shifts, cell, energy, forces, and stress with NaN where
-    a frame has none.
+    a frame has none. A cell without a volume is completed where it is not periodic; it has no
+    stress.
     """
-    from weightshare.equivariant.neighbours import neighbour_list
+    from weightshare.equivariant.neighbours import completed, neighbour_list
     from weightshare.equivariant.pairs import full_edges
 
-    edges, shifts, start = [], [], 0
+    edges, shifts, cells, stresses, start = [], [], [], [], 0
     for frame in frames:
+        cell = None if frame.cell is None else torch.from_numpy(frame.cell)
+        pbc = torch.tensor(frame.pbc)
+        volume = cell is not None and bool(torch.linalg.det(cell) != 0)
+        stress = frame.stress if volume else None
+        stresses.append(np.full((3, 3), np.nan) if stress is None else stress)
+        full = torch.eye(3, dtype=torch.float64) if cell is None else cell
+        cells.append(full if volume or cell is None else completed(cell, pbc))
         x = torch.from_numpy(frame.positions)
         if cutoff is None:
             if frame.cell is not None:
@@ -241,12 +271,10 @@ def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tens
             pairs = full_edges(torch.zeros(len(frame), dtype=torch.int64))
             shift = torch.zeros(pairs.shape[1], 3, dtype=torch.int64)
         else:
-            cell = None if frame.cell is None else torch.from_numpy(frame.cell)
-            pairs, shift = neighbour_list(x, cutoff, cell, torch.tensor(frame.pbc))
+            pairs, shift = neighbour_list(x, cutoff, cell, pbc)
         edges.append(pairs + start)
         shifts.append(shift)
         start += len(frame)
-    nothing = np.full((3, 3), np.nan)
     return {
         "numbers": torch.from_numpy(np.concatenate([f.numbers for f in frames])),
         "positions": torch.from_numpy(np.concatenate([f.positions for f in frames])).float(),
@@ -255,9 +283,7 @@ def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tens
         ),
         "edges": torch.cat(edges, 1),
         "shifts": torch.cat(shifts).float(),
-        "cell": torch.from_numpy(
-            np.stack([np.eye(3) if f.cell is None else f.cell for f in frames])
-        ).float(),
+        "cell": torch.stack(cells).float(),
         "energy": torch.tensor(
             [np.nan if f.energy is None else f.energy for f in frames], dtype=torch.float64
         ),
@@ -266,7 +292,5 @@ def collate(frames: Sequence[Structure], cutoff: float | None) -> dict[str, Tens
                 [np.full((len(f), 3), np.nan) if f.forces is None else f.forces for f in frames]
             )
         ).float(),
-        "stress": torch.from_numpy(
-            np.stack([nothing if f.stress is None else f.stress for f in frames])
-        ).float(),
+        "stress": torch.from_numpy(np.stack(stresses)).float(),
     }
