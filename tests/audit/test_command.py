@@ -126,6 +126,16 @@ def test_nothing_shared_ends_well_and_says_what_could_be(plain, text, tmp_path, 
     assert summary["shared_weights"] == 0 and summary["similar"]
 
 
+def test_what_two_batches_cannot_say_is_null(folded, text, tmp_path):
+    out = tmp_path / "run"
+    options = ["--batches", 2, "--batch-size", 2, "--probe", 1, "--probe-steps", 1]
+    assert audit(folded, "--data", text, *options, "--out", out) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    (agreement,) = summary["agreement"].values()
+    assert agreement["low"] is None and agreement["high"] is None
+    assert summary["probe"]["rank_correlation"] is None and summary["probe"]["gain"]["random"]
+
+
 def test_per_tensor_lists_every_matrix(folded, text, tmp_path):
     out = tmp_path / "run"
     audit(

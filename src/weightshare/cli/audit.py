@@ -195,10 +195,10 @@ def summary_of(found: "Audit") -> dict[str, Any]:
         "batches": found.batches,
         "agreement": {
             f.layer.name: {
-                "cosine": f.agreement,
-                "low": f.low,
-                "high": f.high,
-                "conflict_rate": f.conflict_rate,
+                "cosine": defined(f.agreement),
+                "low": defined(f.low),
+                "high": defined(f.high),
+                "conflict_rate": defined(f.conflict_rate),
                 "beyond_chance": f.split.advised,
                 "never_used": list(f.never),
             }
@@ -206,6 +206,11 @@ def summary_of(found: "Audit") -> dict[str, Any]:
         },
         "suggestions": [suggestion.row() for suggestion in found.suggestions],
     }
+
+
+def defined(value: float) -> float | None:
+    """What could not be estimated is null for a script, not a number that is none."""
+    return value if math.isfinite(value) else None
 
 
 def say_unshared(run: Any, found: "Audit") -> None:
@@ -249,14 +254,15 @@ def report_probe(run: Any, tried: "Probe") -> None:
         figures.promise_scatter(**figures.trials_data(tried)),
         "Realised against predicted gain of every trial.",
     )
+    origins = ("suggested", "random")
     run.summary(
         probe={
-            "rank_correlation": tried.correlation,
-            "low": tried.low,
-            "high": tried.high,
-            "rank_correlation_per_parameter": tried.per_parameter,
-            "gain": {k: tried.mean_gain(k) for k in ("suggested", "random")},
-            "gain_per_parameter": {k: tried.mean_gain(k, True) for k in ("suggested", "random")},
+            "rank_correlation": defined(tried.correlation),
+            "low": defined(tried.low),
+            "high": defined(tried.high),
+            "rank_correlation_per_parameter": defined(tried.per_parameter),
+            "gain": {k: defined(tried.mean_gain(k)) for k in origins},
+            "gain_per_parameter": {k: defined(tried.mean_gain(k, True)) for k in origins},
         }
     )
     says = "rank correlation of predicted and realised gain: "
