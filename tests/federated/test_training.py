@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from weightshare.errors import UserError
-from weightshare.federated import LocalConfig
+from weightshare.federated import FederateConfig, LocalConfig, simulate
 from weightshare.federated.local import (
     Classifier,
     LoopTraining,
@@ -18,6 +18,7 @@ from weightshare.federated.local import (
 )
 from weightshare.federated.models import perceptron
 from weightshare.federated.stacked import StackedTraining
+from weightshare.training import device_of
 
 CONFIG = LocalConfig(epochs=2, batch_size=8, learning_rate=0.1, seed=5)
 
@@ -114,3 +115,13 @@ def test_models_without_float32_weights_are_refused():
         weights_of(torch.nn.Linear(2, 2).double())
     with pytest.raises(UserError, match="float32"):
         weights_of(torch.nn.ReLU())
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        simulate(FederateConfig("digits", device="cuda"))
+    for name in ("gpu", "cpu:x"):
+        with pytest.raises(UserError, match="use auto"):
+            device_of(name)
+    assert device_of("auto") == torch.device("cpu")

@@ -1,14 +1,9 @@
-"""What commands print: lines, tables, and the device they run on."""
+"""What commands print: lines and tables."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-from weightshare.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 
 def is_first() -> bool:
@@ -85,22 +80,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return escape(str(value))
-
-
-def device_of(name: str) -> "torch.device":
-    """The torch device that ``--device`` names; ``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: the device does not exist here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device is {name!r}, but torch sees no CUDA device; use cpu.")
-    return device

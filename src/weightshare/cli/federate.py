@@ -29,8 +29,9 @@ def run(config: "FederateConfig") -> None:
     """Run one federation and leave a run directory."""
     from pathlib import Path
 
-    from weightshare.cli.console import device_of, say, show_table
+    from weightshare.cli.console import say, show_table
     from weightshare.report import Run
+    from weightshare.training import device_of
 
     device = device_of(config.device)
     config.check()

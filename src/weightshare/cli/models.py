@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightshare.cli.console import device_of
 from weightshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ def open_model(name: str, dtype: str = "auto", device: str = "auto") -> "Languag
     # Importing it registers the folded classes with transformers' Auto classes.
     import weightshare.folding.modeling_folded  # noqa: F401
     from weightshare.language import load_model
+    from weightshare.training import device_of
 
     return load_model(name, dtype=dtype, device=device_of(device))
 

@@ -12,7 +12,7 @@ def atoms(config: "PointsConfig") -> None:
     """Structures with energies and forces: a potential."""
     import torch
 
-    from weightshare.cli.console import device_of, say, show_table
+    from weightshare.cli.console import say, show_table
     from weightshare.cli.points_training import CHECKED, estimate, rounded, save, sizes, train
     from weightshare.data import locate
     from weightshare.equivariant import (
@@ -25,6 +25,7 @@ def atoms(config: "PointsConfig") -> None:
     from weightshare.equivariant.frames import Frames, scores, split_frames
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
+    from weightshare.training import device_of
 
     device = device_of(config.device)
     tests = None if config.test is None else read_structures(locate(config.test), config.unit)

@@ -10,13 +10,14 @@ def nbody(config: "PointsConfig") -> None:
     """Charged particles: where will they be?"""
     import torch
 
-    from weightshare.cli.console import device_of, say, show_table
+    from weightshare.cli.console import say, show_table
     from weightshare.cli.points_training import CHECKED, estimate, rounded, save, sizes, train
     from weightshare.equivariant import DynamicsTask, Ponita, figures, measure
     from weightshare.equivariant.dynamics import VECTORS, Even, columns, sample_errors
     from weightshare.equivariant.nbody import HORIZON, constant_velocity
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
+    from weightshare.training import device_of
 
     device = device_of(config.device)
     torch.manual_seed(config.seed)

@@ -13,13 +13,13 @@ def qm9(config: "PointsConfig") -> None:
     import numpy as np
     import torch
 
-    from weightshare.cli.console import device_of, say, show_table
+    from weightshare.cli.console import say, show_table
     from weightshare.cli.points_training import CHECKED, estimate, rounded, save, sizes, train
     from weightshare.equivariant import Ponita, PropertyTask, figures, load_qm9, measure
     from weightshare.equivariant.qm9 import SYMBOLS, TARGETS, UNITS
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
-    from weightshare.training import held_out
+    from weightshare.training import device_of, held_out
 
     device = device_of(config.device)
     if config.target not in TARGETS:

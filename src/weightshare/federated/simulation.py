@@ -48,7 +48,7 @@ from weightshare.federated.samples import Samples
 from weightshare.federated.stacked import StackedTraining
 from weightshare.federated.strategy import ReputationStrategy
 from weightshare.federated.vectors import Vector
-from weightshare.training import Task, checkpoint
+from weightshare.training import Task, checkpoint, device_of
 
 MakeTraining = Callable[[Task, Mapping[str, Examples], LocalConfig], Training]
 """What local training is made by: task, data by participant, options."""
@@ -260,7 +260,7 @@ def simulate(
         honest=list(honest),
         adversaries=list(evil),
         measure=lambda vectors: accuracies(
-            task.model, vectors, test, flip, device_of(config.device)
+            task.model, vectors, test, flip, str(device_of(config.device))
         ),
         loss=lambda name, vector: loss_of(task, vector, data[name]),
         tested=len(test[1]),
@@ -307,12 +307,7 @@ def assemble(
 
 def on(device: str) -> MakeTraining:
     """Stacked training on a device."""
-    return partial(StackedTraining, device=device_of(device))
-
-
-def device_of(name: str) -> str:
-    """``auto`` is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return partial(StackedTraining, device=str(device_of(device)))
 
 
 def make_strategy(

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "loop": ["Fit", "Loop"],
         "losses": ["Losses", "Task", "Term", "held_out", "total"],
         "phase": ["Phase", "RunLike"],
-        "place": ["Place"],
+        "place": ["Place", "device_of"],
         "randomness": ["Streams", "reseed", "same_streams_after", "streams"],
         "state": ["State", "join", "part"],
         "trees": ["map_tensors", "split", "to_device"],

@@ -15,6 +15,23 @@ LARGE = 1 << 20
 """Elements from which a gradient is reduced in place; smaller ones travel together."""
 
 
+def device_of(name: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"The device is {name!r}; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device is {name!r}, but torch sees no CUDA device; use cpu.")
+    return device
+
+
 @dataclass(frozen=True)
 class Place:
     """Device, autocast precision and rank. The default is one process on the CPU in fp32.
