@@ -85,6 +85,11 @@ def test_every_strategy_trains_and_resumes_to_the_same_bytes(strategy, tmp_path)
             (tmp_path / n / "checkpoint.safetensors").read_bytes() for n in ("whole", "again")
         )
         assert one == two
+        counted = [
+            json.loads((tmp_path / n / "summary.json").read_text())["bytes"]["received"]
+            for n in ("whole", "again")
+        ]
+        assert counted[1] == pytest.approx(counted[0], rel=0.01)
 
 
 def test_loop_and_stack_give_the_same_federation(tmp_path):

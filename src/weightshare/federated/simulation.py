@@ -151,13 +151,14 @@ class Simulation:
 
     def save(self, folder: Path) -> None:
         """A checkpoint of the server after the current round."""
+        moved = np.array([self.grid.sent_bytes, self.grid.received_bytes])
         if self.reputation is not None:
             # Who replays its rewards must know the last one, though it is sent its model instead.
             last = {name: self.reputation.reward_of(name) for name in self.adversaries}
             kept = {name: reward for name, reward in last.items() if reward is not None}
-            self.reputation.save(folder, extra=kept)
+            self.reputation.save(folder, extra=kept | {"bytes": moved})
             return
-        tensors = {"weights": self.arrays["weights"].numpy()}
+        tensors = {"weights": self.arrays["weights"].numpy(), "bytes": moved}
         history = self.strategy.history if isinstance(self.strategy, FoolsGold) else {}
         tensors |= {f"history/{node}": vector for node, vector in history.items()}
         packed = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
@@ -167,6 +168,7 @@ class Simulation:
         """Go on from the newest checkpoint; returns its round, 0 where there is none."""
         if self.reputation is not None:
             self.done = self.reputation.restore(folder)
+            self._moved(self.reputation.extra.pop("bytes", None))
             for name, reward in self.reputation.extra.items():
                 self.cohort.memories[name] = Memory(reward=reward)
             return self.done
@@ -174,6 +176,7 @@ class Simulation:
         found = checkpoint.checkpoints(folder)
         if found:
             tensors, _ = checkpoint.load(found[-1])
+            self._moved(tensors.get("bytes"))
             self.done = checkpoint.step_of(found[-1])
             self.arrays = ArrayRecord({"weights": wire.array(tensors["weights"].numpy())})
             if isinstance(self.strategy, FoolsGold):
@@ -183,6 +186,10 @@ class Simulation:
                     if name.startswith("history/")
                 }
         return self.done
+
+    def _moved(self, moved: Any) -> None:
+        if moved is not None:
+            self.grid.sent_bytes, self.grid.received_bytes = map(int, moved)
 
 
 def simulate(
