@@ -98,6 +98,8 @@ def app(folder: Path, rounds: int) -> Path:
         "rounds": rounds,
         "roster": str(folder / "roster.json"),
         "folder": str(folder / "server"),
+        "observe": False,
+        "readmit": "",
     }
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
     (home / "pyproject.toml").write_text(

@@ -1,10 +1,16 @@
 """A real deployment on this machine gives the in-process federation."""
 
+import json
+from pathlib import Path
+
 import pytest
+from flwr.app import Context, RecordDict
 
 from weightshare.errors import UserError
 from weightshare.federated import FederateConfig
-from weightshare.federated.roster import fingerprint_of_file
+from weightshare.federated.apps import server
+from weightshare.federated.grid import key_of
+from weightshare.federated.roster import fingerprint, fingerprint_of_file
 from weightshare.federated.simulation import simulate
 
 loopback = pytest.importorskip("federated.loopback")
@@ -22,6 +28,27 @@ def test_tls_and_authenticated_nodes_give_the_reputations_of_the_process(tmp_pat
     log = (tmp_path / "loopback" / "superlink.log").read_text()
     assert "No SuperNode found with the given public key" in log
     assert set(found["reputation"]) == {"p01", "p02", "p03"}
+
+
+def test_the_operator_observes_first_and_takes_back_a_wrong_removal(tmp_path):
+    roster = {name: fingerprint(key_of(name)) for name in ("p01", "p02", "p03", "x01")}
+    (tmp_path / "roster.json").write_text(json.dumps(roster))
+
+    def session(rounds, **more):
+        facts = loopback.RUN | {"rounds": rounds, "roster": str(tmp_path / "roster.json"), **more}
+        attack = FederateConfig(
+            rounds=rounds, attack="sign_flip", adversaries=1, training="loop", **loopback.RUN
+        )
+        context = Context(1, 1, {}, RecordDict(), facts)
+        server(simulate(attack).grid, context)
+        return json.loads((Path(facts["folder"]) / "result.json").read_text())
+
+    watched = session(12, folder=str(tmp_path / "watched"), observe=True)
+    assert not watched["expelled"] and "x01" in watched["reputation"]
+    removed = session(12, folder=str(tmp_path / "server"))
+    assert set(removed["expelled"]) == {"x01"} and "x01" not in removed["reputation"]
+    back = session(13, folder=str(tmp_path / "server"), readmit="x01")
+    assert not back["expelled"] and "x01" in back["reputation"] and back["confirmed"] == 4
 
 
 def test_a_public_key_file_has_the_fingerprint_that_the_superlink_sees(tmp_path):

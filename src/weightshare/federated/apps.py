@@ -2,7 +2,8 @@
 
 ``server`` and ``client`` are what an app's ``pyproject.toml`` names. Both read the run's
 configuration (``data``, ``participants``, ``rounds``, ``epochs``, ``samples``, ``seed``; the server
-also ``roster``, a file, and ``folder``, where checkpoints, models and audit log go). A SuperNode
+also ``roster``, a file, ``folder``, where checkpoints, models and audit log go, ``observe``, and
+``readmit``, names of removed participants that may come back). A SuperNode
 says with ``--node-config 'participant="p01"'`` which share of the data is its own; who it is, its
 key says. For data and models of your own, make the client with ``client_app`` and the server with
 ``ReputationStrategy`` and ``run_rounds``, as here.
@@ -36,7 +37,8 @@ def options(run_config: Mapping[str, Any]) -> FederateConfig:
         if name in run_config
     }
     data = str(run_config.get("data", "digits"))
-    return FederateConfig(data, training="loop", **numbers)  # type: ignore[arg-type]
+    observe = bool(run_config.get("observe", False))
+    return FederateConfig(data, training="loop", observe=observe, **numbers)  # type: ignore[arg-type]
 
 
 @server.main()
@@ -48,13 +50,15 @@ def main(grid: Grid, context: Context) -> None:
     here = simulate(config)
     strategy = ReputationStrategy(
         here.initial,
-        ReputationConfig(),
+        ReputationConfig(observe=config.observe),
         roster,
         folder=folder,
         minimum=len(roster.fingerprints),
         wait=120,
     )
     done = strategy.restore(folder / "checkpoints")
+    for name in str(context.run_config.get("readmit", "")).split():
+        strategy.readmit(name)
 
     def save(number: int, arrays: ArrayRecord, metrics: MetricRecord | None) -> None:
         strategy.save(folder / "checkpoints")
