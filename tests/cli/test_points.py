@@ -145,6 +145,7 @@ def test_a_property_of_small_molecules(small_qm9, tmp_path, capsys):
     assert facts["data"] == {"train": 40, "valid": 10, "test": 10}
     assert facts["test"]["unit"] == "eV" and facts["test"]["mae"] > 0
     assert facts["rotation_spread"] > 0 and facts["baselines"]["composition"] > 0
+    assert facts["equivariance_error"] > 0
     capsys.readouterr()
     assert main([*common, "--train-size", "41", "--out", str(tmp_path / "no")]) == 2
     assert "--train-size is 41" in capsys.readouterr().err
@@ -212,6 +213,15 @@ def test_dry_runs_write_nothing(molecules, tmp_path, capsys):
         (["FILE", "--force-weight", "-1"], "--force-weight is -1"),
         (["nbody", "--signs", "--no-augment"], "--signs is an augmentation"),
         (["qm9", "--scales"], "--scales is for nbody"),
+        (["nbody", "--learning-rate", "0"], "--learning-rate is 0"),
+        (["nbody", "--clip", "-1"], "--clip is -1"),
+        (["nbody", "--train-size", "12000"], "training set has 10000"),
+        (["nbody", "--dry-run", "--valid-size", "2001"], "validation set has 2000"),
+        (["nbody", "--target", "gap"], "--target is for qm9"),
+        (["qm9", "--unit", "eV"], "--unit is for files"),
+        (["nbody", "--force-weight", "2"], "--force-weight is for files"),
+        (["FILE", "--energy-weight", "0", "--force-weight", "0"], "nothing is learnt"),
+        (["FILE", "--stress-weight", "1"], "has a stress"),
         (["FILE", "--unit", "kJ"], "unit 'kJ'"),
         (["FILE", "--train-size", "40"], "too few"),
         (["FILE", "--test", "/nowhere.npz"], "No data set"),

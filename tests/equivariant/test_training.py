@@ -11,6 +11,7 @@ from weightshare.equivariant import (
     PonitaPotential,
     PotentialTask,
     RotatedUpdate,
+    fibonacci,
     make_nbody,
     random_rotations,
     symmetrise,
@@ -213,3 +214,15 @@ def test_trajectories_in_other_units_of_length_obey_the_same_law():
     moved = simulate(charges * grow**1.5, places * grow, speeds * grow, frames=(0, 1))
     for name, found in (("start", moved[0][0]), ("velocity", moved[0][1]), ("target", moved[1][0])):
         assert close(batch[name][0].double(), torch.from_numpy(found[0]), 1e-5)
+
+
+def test_the_error_by_orientations_is_of_the_task_that_was_trained():
+    from weightshare.equivariant.measure import dynamics_equivariance, error_by_orientations
+
+    network = Ponita(
+        1, 1, vectors_out=1, level="node", grid=fibonacci(6), hidden=8, basis=8, layers=1
+    )
+    task = DynamicsTask(network, horizon=1.0)
+    data = make_nbody(4, frames=(0, 1))
+    batch = columns(data)
+    assert error_by_orientations(task, batch, (6,))[6] == dynamics_equivariance(task, batch)

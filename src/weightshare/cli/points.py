@@ -1,5 +1,6 @@
 """``weightshare points``: train an equivariant network on points, test it, turn it."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from weightshare.cli.options import dashed
@@ -41,18 +42,25 @@ def check(config: "PointsConfig") -> None:
             f"--orientations is {config.size('orientations')}; give 1 or more (0, positions alone, "
             "cannot take or give vectors, which nbody needs)."
         )
+    for name in ("learning_rate", "clip"):
+        if not config.size(name) > 0:
+            raise UserError(f"--{dashed(name)} is {config.size(name)}; give a number above 0.")
     if not 0 <= config.size("ema") < 1:
         raise UserError(f"--ema is {config.size('ema')}; give 0 for none, or a decay below 1.")
-    weights = ("energy_weight", "force_weight", "stress_weight", "weight_decay")
-    for name in ("train_size", "valid_size", "test_size", "cutoff", "rotations", *weights):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{dashed(name)} is {getattr(config, name)}; give 0 or more.")
+    weights = ("energy_weight", "force_weight", "stress_weight")
+    others = ("cutoff", "rotations", "weight_decay")
+    for name in ("train_size", "valid_size", "test_size", *others, *weights):
+        if config.size(name) < 0:
+            raise UserError(f"--{dashed(name)} is {config.size(name)}; give 0 or more.")
+    if not any(getattr(config, name) for name in weights):
+        raise UserError("All weights of the loss are 0, so that nothing is learnt; give one above.")
     files = "files of structures"
     kind = config.data if config.data in ("nbody", "qm9") else files
-    only = dict.fromkeys(("momentum", "signs", "scales"), "nbody")
-    only |= dict.fromkeys(("test", "cutoff", "stress_weight"), files)
+    only = dict.fromkeys(("momentum", "signs", "scales"), "nbody") | {"target": "qm9"}
+    only |= dict.fromkeys(("test", "cutoff", "unit", *weights), files)
+    defaults = {field.name: field.default for field in fields(config)}
     for name, data in only.items():
-        if getattr(config, name) and data != kind:
+        if getattr(config, name) != defaults[name] and data != kind:
             raise UserError(f"--{dashed(name)} is for {data}, not for {kind}; leave it out.")
     for name in ("signs", "scales"):
         if getattr(config, name) and not config.augment:

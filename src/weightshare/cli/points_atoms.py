@@ -39,6 +39,12 @@ def atoms(config: "PointsConfig") -> None:
     periodic = any(frame.cell is not None for part in frames.values() for frame in part)
     if periodic and not config.cutoff:
         raise UserError(f"{config.data} holds periodic structures; give --cutoff in angstrom.")
+    if config.stress_weight and not any(
+        f.stress is not None and f.cell is not None for f in frames["train"]
+    ):
+        raise UserError(
+            f"No structure of {config.data} to train on has a stress; leave out --stress-weight."
+        )
     cutoff = config.cutoff or None
     most = max(len(frame) for part in frames.values() for frame in part)
     loaders = {
@@ -52,7 +58,7 @@ def atoms(config: "PointsConfig") -> None:
         raise UserError(f"All forces in {config.data} are zero; there is nothing to learn.")
     potential = PonitaPotential(
         everything,
-        cutoff=config.cutoff or None,
+        cutoff=cutoff,
         scale=scale,
         invariants=config.invariants,
         **sizes(config),
@@ -66,7 +72,7 @@ def atoms(config: "PointsConfig") -> None:
         potential,
         config.energy_weight,
         config.force_weight,
-        config.stress_weight if periodic else 0.0,
+        config.stress_weight,
         per_atom=len({len(frame) for frame in frames["train"]}) > 1,
     ).to(device)
     size = min(config.size("batch_size"), len(frames["train"]))

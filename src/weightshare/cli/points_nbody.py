@@ -14,7 +14,7 @@ def nbody(config: "PointsConfig") -> None:
     from weightshare.cli.points_training import CHECKED, estimate, rounded, save, sizes, train
     from weightshare.equivariant import DynamicsTask, Ponita, figures, measure
     from weightshare.equivariant.dynamics import VECTORS, Even, columns, sample_errors
-    from weightshare.equivariant.nbody import HORIZON, constant_velocity
+    from weightshare.equivariant.nbody import HORIZON, check_counts, constant_velocity
     from weightshare.equivariant.symmetrised import symmetrise
     from weightshare.report import Run
     from weightshare.training import device_of
@@ -33,6 +33,7 @@ def nbody(config: "PointsConfig") -> None:
     horizon = HORIZON if config.momentum else None
     task = DynamicsTask(network, horizon).to(device)
     counts = (config.train_size or 3000, config.valid_size or 2000, config.test_size or 2000)
+    check_counts(counts)
     if config.dry_run:
         batch = {name: torch.randn(config.size("batch_size"), 5, 3) for name in VECTORS}
         batch["charges"] = torch.ones(config.size("batch_size"), 5)

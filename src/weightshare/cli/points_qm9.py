@@ -76,6 +76,7 @@ def qm9(config: "PointsConfig") -> None:
             parameters=sum(p.numel() for p in task.parameters()),
             test={"mae": error, "unit": unit},
             baselines={"composition": fitted},
+            equivariance_error=spread / float(task.deviation),
             rotation_spread=spread,
             seconds={"train": seconds},
         )

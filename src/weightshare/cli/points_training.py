@@ -41,7 +41,6 @@ def train(
     import torch
 
     from weightshare.equivariant import RotatedUpdate
-    from weightshare.equivariant.config import WARMUP_EPOCHS
     from weightshare.equivariant.dynamics import Rescaled
     from weightshare.equivariant.frames import FrameBatches, Frames
     from weightshare.training import (
@@ -65,11 +64,11 @@ def train(
     if rescaled:
         batches = Rescaled(batches)
     steps = max(config.size("epochs") * count // size, 1)
-    warmup = min(WARMUP_EPOCHS[config.preset] / config.size("epochs"), 0.1)
+    warmup = min(config.size("warmup_epochs") / config.size("epochs"), 0.1)
     loop_config = LoopConfig(
         steps=steps, learning_rate=config.size("learning_rate"), warmup_fraction=warmup,
-        weight_decay=config.weight_decay, clip=config.clip, ema_decay=config.size("ema") or None,
-        seed=config.seed, log_every=max(steps // 200, 1), evaluate_every=max(steps // 20, 1),
+        weight_decay=config.size("weight_decay"), clip=config.clip,
+        ema_decay=config.size("ema") or None, seed=config.seed, log_every=max(steps // 200, 1), evaluate_every=max(steps // 20, 1),
         watch=watch, keep_best=True, checkpoint_every=max(steps // 20, 1),
     )  # fmt: skip
     update: Update

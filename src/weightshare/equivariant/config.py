@@ -8,34 +8,38 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "nbody": {
             "orientations": 8, "hidden": 32, "basis": 32, "layers": 3, "epochs": 100,
             "batch_size": 100, "learning_rate": 3e-3, "ema": 0.99,
+            "warmup_epochs": 3, "weight_decay": 1e-10,
         },
         "atoms": {
             "orientations": 6, "hidden": 32, "basis": 32, "layers": 3, "epochs": 40,
             "batch_size": 10, "learning_rate": 3e-3, "ema": 0.99,
+            "warmup_epochs": 3, "weight_decay": 1e-10,
         },
         "qm9": {
             "orientations": 6, "hidden": 32, "basis": 32, "layers": 3, "epochs": 10,
             "batch_size": 96, "learning_rate": 3e-3, "ema": 0.99,
+            "warmup_epochs": 3, "weight_decay": 1e-10,
         },
     },
     "published": {
         "nbody": {
             "orientations": 16, "hidden": 128, "basis": 256, "layers": 5, "epochs": 10000,
             "batch_size": 100, "learning_rate": 1e-3, "ema": 0.0,
+            "warmup_epochs": 10, "weight_decay": 1e-10,
         },
         "atoms": {
             "orientations": 20, "hidden": 128, "basis": 256, "layers": 5, "epochs": 5000,
             "batch_size": 5, "learning_rate": 5e-4, "ema": 0.99,
+            "warmup_epochs": 100, "weight_decay": 1e-16,
         },
         "qm9": {
             "orientations": 16, "hidden": 256, "basis": 256, "layers": 9, "epochs": 1000,
             "batch_size": 96, "learning_rate": 5e-4, "ema": 0.99,
+            "warmup_epochs": 10, "weight_decay": 1e-10,
         },
     },
 }  # fmt: skip
 """Sizes of ``--preset``; published: the reference's settings for N-body, rMD17 and QM9."""
-
-WARMUP_EPOCHS = {"small": 3, "published": 10}
 
 
 @dataclass
@@ -97,7 +101,7 @@ class PointsConfig:
     batch_size: int | None = None
     learning_rate: float | None = None
     ema: float | None = None
-    weight_decay: float = 1e-10
+    weight_decay: float | None = None
     clip: float = 0.5
     augment: bool = True
     momentum: bool = False
@@ -120,7 +124,7 @@ class PointsConfig:
     device: str = "auto"
 
     def size(self, name: str) -> Any:
-        """An option, or its preset."""
-        given = getattr(self, name)
+        """An option, or its preset; ``warmup_epochs`` has only the latter."""
+        given = getattr(self, name, None)
         kind = self.data if self.data in ("nbody", "qm9") else "atoms"
         return PRESETS[self.preset][kind][name] if given is None else given

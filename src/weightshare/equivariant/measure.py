@@ -62,7 +62,7 @@ def error_by_orientations(
     network: Any = task.network
     assert isinstance(network, Ponita)
     return {
-        n: dynamics_equivariance(DynamicsTask(network.regridded(fibonacci(n))), batch)
+        n: dynamics_equivariance(DynamicsTask(network.regridded(fibonacci(n)), task.horizon), batch)
         for n in counts
     }
 

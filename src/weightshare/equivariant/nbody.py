@@ -150,13 +150,26 @@ def make_sets(
     return [whole.take(slice(e - n, e)) for e, (_, n) in zip(ends, parts, strict=True)]
 
 
+def check_counts(counts: tuple[int, int, int]) -> None:
+    """Refuse sets that would reach into each other."""
+    for part, count, most in zip(
+        ("training", "validation", "test"), counts, PUBLISHED, strict=True
+    ):
+        if not 0 < count <= most:
+            raise UserError(f"The {part} set has {most} trajectories, not {count}; ask for fewer.")
+
+
 def training_sets(
     counts: tuple[int, int, int], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, NBody]:
     """So many training, validation and test trajectories of the published sets.
 
     They are read from ``nbody_small_7000`` where ``data.locate`` finds it, else simulated.
+
+    Raises:
+        UserError: more are asked for than a set holds; the next ones are those of another set.
     """
+    check_counts(counts)
     parts = ("train", "valid", "test")
     try:
         with np.load(locate("nbody_small_7000"), allow_pickle=False) as file:
