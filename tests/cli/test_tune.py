@@ -204,6 +204,13 @@ def test_a_chat_template_frames_what_is_read_and_learnt(model_folder, instructio
     assert whole.startswith(f"<user>{row.prompt}</user><assistant>{learnt}")
 
 
+def test_a_json_document_is_not_learnt_as_a_text(model_folder, tmp_path, capsys):
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 9))
+    options = ["--data", str(tmp_path / "alpaca.json"), "--out", str(tmp_path / "x"), *SHORT]
+    assert main(["tune", str(model_folder), *options]) == 2
+    assert "write one row a line" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(model_folder, text_file, tmp_path, capsys):
     out = tmp_path / "nothing"
     arguments = ["tune", str(model_folder), "--data", str(text_file), "--out", str(out)]

@@ -3,7 +3,13 @@ import json
 import pytest
 
 from weightshare.errors import UserError
-from weightshare.language import Instruction, encode_instructions, pad, read_instructions
+from weightshare.language import (
+    Instruction,
+    encode_instructions,
+    holds_instructions,
+    pad,
+    read_instructions,
+)
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
@@ -33,7 +39,51 @@ def test_both_spellings_of_a_row_are_read(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 1, "response": "b"}'])
+def test_the_forms_of_other_collections_are_read_too(tmp_path):
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Who?")]
+    messages = [{"role": role, "content": text} for role, text in [*turns, ("assistant", "I.")]]
+    rows = [
+        {"instruction": "Add", "input": "1 and 2", "output": "3", "text": "all of it"},
+        {"prompt": "Add", "completion": "3"},
+        {"messages": messages},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n" + "\n\n".join(map(json.dumps, rows)))
+    assert read_instructions(tmp_path / "a.jsonl") == [
+        Instruction("Add\n\n1 and 2", "3"),
+        Instruction("Add", "3"),
+        Instruction("Who?", "I.", tuple(turns[:3])),
+    ]
+    assert holds_instructions(tmp_path / "a.jsonl")
+    for text in ("", "{", "[1]", '{"text": "a"}'):
+        (tmp_path / "b.jsonl").write_text(text)
+        assert not holds_instructions(tmp_path / "b.jsonl")
+
+
+def test_of_a_conversation_the_last_answer_is_learnt(chat_tokenizer, monkeypatch):
+    row = Instruction("Who?", "I", (("user", "Hi"), ("assistant", "Hello")))
+    for template, before in (
+        (CHAT, "<user>Hi<assistant>Hello<user>Who?<assistant>"),
+        (None, "Hi\n\nHello\n\nWho?\n\n"),
+    ):
+        monkeypatch.setattr(chat_tokenizer, "chat_template", template)
+        ((ids, labels),) = encode_instructions(chat_tokenizer, [row], 128)
+        learnt = [i for i, label in zip(ids, labels, strict=True) if label != -100]
+        text = chat_tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == f"{before}I"
+        assert chat_tokenizer.decode(learnt, skip_special_tokens=True) == "I"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "a"}',
+        '{"prompt": 1, "response": "b"}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": "a"}',
+    ],
+)
 def test_a_row_that_is_no_instruction_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line)
     with pytest.raises(UserError, match=r"[Ll]ine 2"):

@@ -12,7 +12,8 @@ class TuneConfig:
         model: a Hugging Face folder, the run of a fold, a GGUF file, or a known name (tiny,
             smollm2-135m).
         data: what to learn: a text (.txt, .jsonl with "text", .gz, a folder, a known name), or
-            instructions (.jsonl with "prompt" or "instruction", and "response").
+            instructions (.jsonl with "prompt" or "instruction" and "response", "output" or
+            "completion", or with "messages", of which the last answer is learnt).
         heldout: data to measure on; by default the last tenth of a text, every tenth instruction.
         kind: of the data; auto looks at it.
         method: mos, lora, vera, vblora, unilora, or any other PEFT method.

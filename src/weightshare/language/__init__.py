@@ -15,7 +15,12 @@ __getattr__, __dir__, __all__ = attach(
             "split_documents",
             "windows",
         ],
-        "instructions": ["Instruction", "encode_instructions", "read_instructions"],
+        "instructions": [
+            "Instruction",
+            "encode_instructions",
+            "holds_instructions",
+            "read_instructions",
+        ],
         "losses": ["distillation_loss", "hidden_mse", "next_token_loss"],
         "score": ["Score", "compare", "evaluate", "evaluating"],
         "likelihood": ["Likelihood", "log_likelihoods"],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weightshare.errors import UserError
 from weightshare.language import (
     encode_instructions,
+    holds_instructions,
     next_token_loss,
     pad,
     read_documents,
@@ -94,14 +95,21 @@ def read_data(
 
     Of a text the last tenth of the documents is held out, of instructions every tenth row, unless
     ``heldout`` names other data. ``kind`` is text, instructions, or auto, which takes a .jsonl file
-    whose first row has a response for instructions. ``packing`` puts several instructions into one
-    sequence: faster, but later ones see the earlier. ``limit`` keeps the first sequences.
+    whose first row has a response or messages for instructions. ``packing`` puts several
+    instructions into one sequence: faster, but later ones see the earlier. ``limit`` keeps the
+    first sequences.
 
     Raises:
         UserError: no data, too little of it, or rows that cannot be read.
     """
     if kind == "auto":
-        kind = "instructions" if _has_responses(data) else "text"
+        lines = data.endswith((".jsonl", ".jsonl.gz")) and Path(data).expanduser().is_file()
+        kind = "instructions" if lines and holds_instructions(data) else "text"
+        if data.endswith(".json"):
+            raise UserError(
+                f"{data} is one JSON document, not a text; write one row a line into a .jsonl file "
+                "(jq -c '.[]' does it), or learn it as it stands with kind text."
+            )
     if kind == "text":
         splits = split_documents(read_documents(data))
         training = [*splits.train, *splits.calibration]
@@ -182,17 +190,6 @@ def tune(
     ).fit()
     model.eval()
     return fit
-
-
-def _has_responses(data: str) -> bool:
-    path = Path(data).expanduser()
-    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
-        return False
-    try:
-        read_documents(path)
-    except UserError:
-        return True
-    return False
 
 
 def _packed(
