@@ -82,6 +82,30 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["", "..", "../up", "a/b", "root", "x01"])
+def test_a_domain_whose_name_is_taken_or_leads_elsewhere_is_refused(name, tmp_path):
+    rows = [{"domain": d, "text": "words"} for d in ("plain", name)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="is called"):
+        read_domains(str(file))
+
+
+def test_files_are_domains_by_all_of_their_name(tmp_path):
+    for name in ("en.books.txt", "en.wiki.txt"):
+        (tmp_path / name).write_text("words")
+    assert sorted(read_domains(str(tmp_path))) == ["en.books", "en.wiki"]
+    (tmp_path / "en.wiki").mkdir()
+    (tmp_path / "en.wiki" / "more.txt").write_text("words")
+    with pytest.raises(UserError, match="two domains"):
+        read_domains(str(tmp_path))
+
+
+def test_a_domain_that_is_too_short_is_named(tokenizer):
+    with pytest.raises(UserError, match="the domain 'short'"):
+        deal_domains({"long": ["word " * 900], "short": ["word"]}, tokenizer, 32)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "mos"])
 def test_the_command_ends_in_adapters_that_peft_loads(adapter, folder, tmp_path):
     out = tmp_path / "run"

@@ -1,7 +1,9 @@
 """Text by domain, dealt to the participants of a federation of adapters."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from weightshare.data import locate
 from weightshare.errors import UserError
 from weightshare.federated.local import Examples
+from weightshare.federated.material import ROOT
 from weightshare.language import Windows, read_documents, windows
 from weightshare.language.text import TEXT_SUFFIXES, read_rows
 
@@ -27,14 +30,18 @@ def read_domains(source: str) -> dict[str, list[str]]:
     domain stands under ``"domain"``, the document under ``"text"``.
 
     Raises:
-        UserError: there are fewer than two domains, or the files are not what they should be.
+        UserError: there are fewer than two domains, two of one name or one that cannot have its
+            own, or the files are not what they should be.
     """
     path = locate(source)
     domains: dict[str, list[str]] = {}
     if path.is_dir():
         for part in sorted(path.iterdir()):
             if part.is_dir() or part.name.endswith(TEXT_SUFFIXES):
-                domains[part.name.split(".")[0]] = read_documents(part)
+                name = part.name if part.is_dir() else Path(part.name.removesuffix(".gz")).stem
+                if name in domains:
+                    raise UserError(f"{source} has two domains {name!r}; rename one of them.")
+                domains[name] = read_documents(part)
     else:
         wanted = 'a JSON object with "domain" and "text"; correct it.'
         for domain, text in read_rows(path, _domain_and_text, wanted):
@@ -44,6 +51,13 @@ def read_domains(source: str) -> dict[str, list[str]]:
             f"{source} holds {len(domains)} domain(s) of text; give a folder with a text file for "
             'each participant, or JSON lines with "domain" and "text".'
         )
+    for name in domains:
+        # Each has a folder of this name for its adapter.
+        if name in ("", "..", ROOT) or Path(name).name != name or re.fullmatch(r"x\d+", name):
+            raise UserError(
+                f"A domain of {source} is called {name!r}; give it a name that a folder can have "
+                "and that is not root, or x and a number."
+            )
     return domains
 
 
@@ -93,7 +107,12 @@ def deal_domains(
     Raises:
         UserError: a domain has too few windows.
     """
-    cut = {name: windows(tokenizer, texts, length) for name, texts in domains.items()}
+    cut: dict[str, Windows] = {}
+    for name, texts in domains.items():
+        try:
+            cut[name] = windows(tokenizer, texts, length)
+        except UserError as error:
+            raise UserError(f"In the domain {name!r}: {error}") from error
     kept: dict[str, Windows] = {}
     tests: list[Windows] = []
     for name, found in cut.items():
