@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from models import Cropped, Looped, Recurrent, TiedHead, TwoModules, batch
+from small_models import make
 from torch import nn
 
 from weightshare.audit import Unsharing, apply, audit, merge
@@ -176,6 +177,20 @@ def test_what_only_the_modules_code_can_do_is_refused(make, message):
     advice = next(s for s in found.suggestions if s.unsharing.kind == "unshare")
     with pytest.raises(UserError, match=message):
         apply(model, advice)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untied_head_stays_untied_when_the_model_is_saved(kind, tmp_path):
+    model = make("llama", blocks=2, tie_word_embeddings=True)
+    batches = [torch.randint(0, model.config.vocab_size, (2, 8)) for _ in range(4)]
+    found = audit(model, batches, lambda m, ids: m(input_ids=ids, labels=ids).loss)
+    apply(model, next(s for s in found.suggestions if s.unsharing.kind == kind))
+    before = model(batches[0]).logits
+    merge(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert size(loaded).unique == size(model).unique
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    assert torch.allclose(loaded(batches[0]).logits, before, atol=1e-6)
 
 
 def test_a_second_action_on_the_same_weight_is_refused():

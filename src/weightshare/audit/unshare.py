@@ -60,6 +60,7 @@ def apply(
             _by_call(model, modules.pop(), groups, make)
         else:
             _by_module(model, groups, make)
+    _head_of_its_own(model)
     return model
 
 
@@ -83,7 +84,16 @@ def merge(model: nn.Module) -> nn.Module:
                 )
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             setattr(module, name, merged[key])
+    _head_of_its_own(model)
     return model
+
+
+def _head_of_its_own(model: Any) -> None:
+    """Transformers would tie an untied head again on load: the configuration must know."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        own = getattr(model.get_output_embeddings(), "_parameters", {}).get("weight")
+        if own is not None and own is not model.get_input_embeddings().weight:
+            model.config.tie_word_embeddings = False
 
 
 class Scaled(nn.Module):
