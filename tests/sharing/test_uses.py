@@ -119,6 +119,8 @@ def test_untying_a_whole_group_keeps_the_original_at_the_first_name():
     tie(model, [["embedding.weight", "head.weight"]])
     untie(model, ["embedding.weight", "head.weight"])
     assert model.embedding.weight is original
+    tie(model, [["embedding.weight", "head.weight"]])
+    untie(model, "head.weight")
     assert model.head.weight is not original
 
 
@@ -128,6 +130,8 @@ def test_untying_a_whole_group_keeps_the_original_at_the_first_name():
         ([["embedding.weight", "nothing.weight"]], "'nothing.weight'"),
         ([["embedding.weight", "block.weight"]], r"shape \(7, 4\) but 'block.weight'.*\(4, 4\)"),
         ([["block.weight", "block.weight"]], "'block.weight' is named 2 times"),
+        (["embedding.weight", "head.weight"], "a list in a list"),
+        ([[]], "a list in a list"),
         ([["embedding.weight", "head.weight"], ["head.weight"]], "'head.weight' is named 2 times"),
     ],
 )

@@ -23,7 +23,8 @@ class Unsharing:
 
     The first group keeps the shared weight; every other group gets, for each tensor,
 
-    * ``scale``: a factor per output row (a vector, such as a norm, is copied),
+    * ``scale``: a factor per row, the first dimension: an output of a linear layer, an input of a
+      transposed one such as GPT-2's (a vector, such as a norm, is copied),
     * ``low_rank``: a delta of that ``rank`` (vectors stay shared),
     * ``unshare``: a copy.
     """

@@ -164,10 +164,13 @@ def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
     the same groups restores them.
 
     Raises:
-        UserError: for an unknown name, a name given twice, or members that differ in shape or
-            dtype. Nothing is changed then.
+        UserError: for an unknown name, a name given twice, a group that is no list of names, or
+            members that differ in shape or dtype. Nothing is changed then.
     """
-    groups = [list(group) for group in groups]
+    groups = list(groups)
+    for names in groups:
+        if isinstance(names, str) or not names:
+            raise UserError(f"a group is {names!r}; give the names to tie as a list in a list.")
     counted = Counter(name for group in groups for name in group)
     for name, count in counted.items():
         if count > 1:
@@ -195,14 +198,15 @@ def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
 def untie(model: nn.Module, names: Iterable[str]) -> None:
     """Give each named parameter a copy of its own, equal in value; the others stay tied.
 
-    Where all names of a tied group are given, the first keeps the original.
+    A single name may be given as it is. Where all names of a tied group are given, the first keeps
+    the original.
 
     Raises:
         UserError: for an unknown name, a parameter that is not tied, or one whose whole module is
             registered under several names (there is only one place to hold a parameter: copy the
             module first). Nothing is changed then.
     """
-    names = list(dict.fromkeys(names))
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     places: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(parameter, []).append(name)
