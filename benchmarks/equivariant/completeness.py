@@ -56,7 +56,7 @@ def tetrahedra(count: int, free: bool, draw: torch.Generator) -> tuple[torch.Ten
     places = torch.where(mirrored[:, None, None], flipped, places)
     edges = places[:, 1:] - places[:, :1]
     label = torch.linalg.det(edges) > 0
-    turned = torch.einsum("bnd,bed->bne", places, random_rotations(count, 3, draw))
+    turned = torch.einsum("bnd,bed->bne", places, random_rotations(count, 3, draw).float())
     return turned, torch.eye(4).expand(count, 4, 4), None, label
 
 

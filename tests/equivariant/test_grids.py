@@ -88,9 +88,11 @@ def test_quadrature_integrates_a_fibonacci_grid_better_than_equal_weights():
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_random_rotations_are_rotations_without_a_favourite(dim):
-    found = grids.random_rotations(4000, dim, torch.Generator().manual_seed(0)).double()
-    assert torch.allclose(found @ found.mT, torch.eye(dim, dtype=torch.float64), atol=1e-5)
-    assert torch.allclose(torch.linalg.det(found), torch.ones(4000, dtype=torch.float64), atol=1e-5)
+    found = grids.random_rotations(4000, dim, torch.Generator().manual_seed(0))
+    assert torch.allclose(found @ found.mT, torch.eye(dim, dtype=torch.float64), atol=1e-14)
+    assert torch.allclose(
+        torch.linalg.det(found), torch.ones(4000, dtype=torch.float64), atol=1e-14
+    )
     assert found.mean(0).abs().max() < 0.05
 
 

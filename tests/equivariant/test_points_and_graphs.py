@@ -81,6 +81,15 @@ def test_a_bond_without_length_is_refused():
         lift_bonds(torch.zeros(4, 3), BONDS)
 
 
+def test_a_cloud_refuses_no_edges_and_handedness_in_the_plane():
+    options = {"scalars_out": 1, "hidden": 8, "layers": 1, "basis": 8, "invariants": "complete"}
+    x, s, _ = (t.float() for t in cloud(4, 2))
+    with pytest.raises(UserError, match="edges is None"):
+        PonitaPoints(2, **options)(x, s, edges=None)
+    with pytest.raises(UserError, match="2 dimensions"):
+        PonitaPoints(2, chiral=True, **options)(x, s, edges=BONDS)
+
+
 geometric = pytest.importorskip("torch_geometric")
 
 
@@ -122,6 +131,25 @@ def test_graphs_of_pytorch_geometric_go_in_and_stay_as_they_were(fully_connected
         ).abs().amax(1) > 0  # fmt: skip
         assert changed.tolist() == [False, False, True, False]
         assert not close(model(one).scalars, plain, 1e-6)
+
+
+def test_a_plain_graph_may_carry_a_batch_in_any_order():
+    from torch_geometric.data import Data
+
+    from weightshare.equivariant import PonitaGraph, RadiusEdges, RandomRotation
+
+    _, batch = graphs()
+    order = torch.tensor([3, 6, 0, 9, 4, 1, 7, 5, 2, 8])
+    mixed = Data(x=batch.x[order], pos=batch.pos[order], vectors=batch.vectors[order])
+    mixed.batch = batch.batch[order]
+    model = PonitaGraph(network(), fully_connected=True)
+    assert close(model(mixed).scalars, model(batch).scalars)
+    moved = RandomRotation(["pos"])(mixed).pos
+    for k in (0, 1):  # one rotation each
+        assert close(torch.pdist(moved[mixed.batch == k]), torch.pdist(mixed.pos[mixed.batch == k]))
+    for step in (RandomRotation(), RadiusEdges(1.0), model):
+        with pytest.raises(UserError, match="no positions"):
+            step(Data(x=batch.x))
 
 
 def test_the_layer_is_the_convolution_of_the_network():

@@ -328,10 +328,32 @@ def test_geometry_optimisation_and_dynamics_run_on_the_calculator():
     assert abs(atoms.get_total_energy() - start) < 1e-3 * max(atoms.get_kinetic_energy(), 0.01)
 
 
-def test_the_calculator_refuses_coinciding_atoms():
+@pytest.mark.parametrize(("place", "pbc"), [(0.0, False), (4.0, True)])
+def test_the_calculator_refuses_coinciding_atoms(place, pbc):
     from weightshare.equivariant import PonitaCalculator
 
-    atoms = ase.Atoms("CO", [[0, 0, 0], [0, 0, 0]])
-    atoms.calc = PonitaCalculator(potential())
+    atoms = ase.Atoms("CO", [[0, 0, 0], [0, 0, place]], cell=[4, 4, 4], pbc=pbc)
+    atoms.calc = PonitaCalculator(potential(cutoff=3.0))
     with pytest.raises(UserError, match="one place"):
         atoms.get_potential_energy()
+
+
+def test_a_symmetrised_potential_is_calculated_with_and_not_saved(tmp_path):
+    from weightshare.equivariant import PonitaCalculator
+
+    model = potential()
+    atoms = ase.Atoms(NUMBERS.numpy(), molecule().numpy())
+    atoms.calc = PonitaCalculator(model, rotations=3)
+    wanted = atoms.get_potential_energy()
+    model.network = symmetrise(model.network, 3)
+    atoms.calc = PonitaCalculator(model)
+    assert atoms.get_potential_energy() == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(UserError, match="before it is symmetrised"):
+        model.save(tmp_path / "p.safetensors")
+    for options, said in (
+        ({"dtype": "float16"}, "float64 or float32"),
+        ({"rotations": 0}, "0 rotations"),
+        ({"device": "abacus"}, "abacus"),
+    ):
+        with pytest.raises(UserError, match=said):
+            PonitaCalculator(potential(), **options)

@@ -116,7 +116,7 @@ def test_points_one_after_another_turn_with_their_example():
         for n in (2, 3)
     ]  # fmt: skip
     batch = collate(frames, 2.0)
-    turns = random_rotations(2, generator=torch.Generator().manual_seed(0))
+    turns = random_rotations(2, generator=torch.Generator().manual_seed(0)).float()
     moved = turned(batch, turns, ("positions", "forces", "cell"), ("stress",))
     for k in range(2):
         mine = batch["batch"] == k

@@ -68,8 +68,9 @@ def train(
     loop_config = LoopConfig(
         steps=steps, learning_rate=config.size("learning_rate"), warmup_fraction=warmup,
         weight_decay=config.size("weight_decay"), clip=config.clip,
-        ema_decay=config.size("ema") or None, seed=config.seed, log_every=max(steps // 200, 1), evaluate_every=max(steps // 20, 1),
-        watch=watch, keep_best=True, checkpoint_every=max(steps // 20, 1),
+        ema_decay=config.size("ema") or None, seed=config.seed,
+        log_every=max(steps // 200, 1), evaluate_every=max(steps // 20, 1), watch=watch,
+        keep_best=True, checkpoint_every=max(steps // 20, 1),
     )  # fmt: skip
     update: Update
     if config.augment:

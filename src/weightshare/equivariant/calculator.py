@@ -1,5 +1,6 @@
 """The potential as an ASE calculator: geometry optimisation, molecular dynamics, stress."""
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,10 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from weightshare.equivariant.potential import PonitaPotential
 from weightshare.equivariant.structures import Structure, check_structure
 from weightshare.equivariant.symmetrised import symmetrise
+from weightshare.errors import UserError
+from weightshare.training import device_of
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class PonitaCalculator(Calculator):
@@ -25,8 +30,9 @@ class PonitaCalculator(Calculator):
         rotations: average over so many rotations of the structure; 1 is the plain potential.
 
     Raises:
-        UserError: the structure holds a species that was never seen, coinciding atoms, coordinates
-            that are not finite, or is periodic while the potential has no cutoff.
+        UserError: there is no such file, device or precision; the structure holds a species that
+            was never seen, coinciding atoms, coordinates that are not finite, or is periodic while
+            the potential has no cutoff.
     """
 
     implemented_properties: ClassVar[list[str]] = [
@@ -44,13 +50,13 @@ class PonitaCalculator(Calculator):
         super().__init__(**options)
         if not isinstance(potential, PonitaPotential):
             potential = PonitaPotential.load(potential)
-        copied = PonitaPotential(**potential.options)
-        copied.load_state_dict(potential.state_dict())
-        self.dtype = {"float64": torch.float64, "float32": torch.float32}[dtype]
-        self.potential = copied.to(device, self.dtype).requires_grad_(False).eval()
-        if rotations > 1:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; give {' or '.join(DTYPES)}.")
+        self.device, self.dtype = device_of(device), DTYPES[dtype]
+        self.potential = copy.deepcopy(potential).to(self.device, self.dtype)
+        self.potential.requires_grad_(False).eval()
+        if rotations != 1:
             self.potential.network = symmetrise(self.potential.network, rotations)
-        self.device = torch.device(device)
 
     def calculate(
         self,

@@ -96,7 +96,7 @@ def check_batch(batch: Tensor | None, points: int, graphs: int | None) -> None:
             )
 
 
-def check_word(edges: str) -> None:
+def check_word(edges: object) -> None:
     """Refuse any word for edges but "full"."""
     if edges != "full":
         raise UserError(f"edges is {edges!r}; give a tensor (2, E) or 'full'.")

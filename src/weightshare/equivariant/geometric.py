@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
@@ -16,6 +16,7 @@ from weightshare.equivariant.checks import (
     check_edges,
     check_finite,
     check_positive,
+    check_precision,
     check_sizes,
     checked_grid,
 )
@@ -51,12 +52,10 @@ class PonitaGraph(nn.Module):
 
     def forward(self, data: Data) -> Readout:
         """Read-outs of the graph's points or of the graphs."""
-        if data.pos is None:
-            raise UserError("The graph has no positions; set data.pos to (points, d).")
         edges = "full" if self.fully_connected else data.edge_index
-        graphs = data.num_graphs if data.batch is not None else None
+        graphs = data.num_graphs if isinstance(data, Batch) else None
         found: Readout = self.network(
-            data.pos,
+            _positions(data),
             data.get(self.scalars),
             data.get(self.vectors),
             edges=edges,
@@ -119,11 +118,18 @@ class PonitaConv(nn.Module):
         wanted = (len(pos), len(self.grid), self.conv.bias.shape[0])
         if tuple(x.shape) != wanted:
             raise UserError(f"x has shape {tuple(x.shape)}; give (points, N, C), here {wanted}.")
+        check_precision(pos, (), self.conv.bias.dtype)
         check_finite(pos)
         pairs = edge_pairs(pos, edge_index, self_loops=self.self_loops)
         kernels = self.functions(pairs, self.grid.to(pos), self.weights.to(pos))
         found: Tensor = self.conv(x, kernels)
         return found
+
+
+def _positions(data: Data) -> Tensor:
+    if data.pos is None:
+        raise UserError("The graph has no positions; set data.pos to (points, d).")
+    return data.pos
 
 
 @functional_transform("random_rotation_so")
@@ -138,11 +144,17 @@ class RandomRotation(BaseTransform):
         self.attributes = tuple(attributes)
 
     def forward(self, data: Data) -> Data:
-        graphs = 1 if data.batch is None else data.num_graphs
-        turns = random_rotations(graphs, data.pos.shape[-1]).to(data.pos)
-        batch = data.batch
+        pos, batch = _positions(data), data.batch
         if batch is None:
-            batch = torch.zeros(len(data.pos), dtype=torch.int64, device=data.pos.device)
+            batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
+        graphs = (
+            data.num_graphs
+            if isinstance(data, Batch)
+            else int(batch.max()) + 1
+            if len(batch)
+            else 0
+        )
+        turns = random_rotations(graphs, pos.shape[-1]).to(pos)
         for name in self.attributes:
             x = data[name]
             rows = turns[batch] if len(x) == len(batch) else turns
@@ -159,5 +171,5 @@ class RadiusEdges(BaseTransform):
         self.radius = radius
 
     def forward(self, data: Data) -> Data:
-        data.edge_index = radius_edges(data.pos, self.radius, data.batch)
+        data.edge_index = radius_edges(_positions(data), self.radius, data.batch)
         return data

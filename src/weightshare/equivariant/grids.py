@@ -196,12 +196,12 @@ def rotation_group(name: str) -> Tensor:
 
 
 def random_rotations(count: int, dim: int = 3, generator: torch.Generator | None = None) -> Tensor:
-    """Rotations drawn uniformly from SO(dim), (count, dim, dim), float32, on the CPU."""
+    """Rotations drawn uniformly from SO(dim), (count, dim, dim), float64, on the CPU."""
     if dim == 2:
-        angle = 2 * math.pi * torch.rand(count, generator=generator)
+        angle = 2 * math.pi * torch.rand(count, generator=generator).double()
         c, s = angle.cos(), angle.sin()
         return torch.stack([c, -s, s, c], -1).view(count, 2, 2)
-    q = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=-1)
+    q = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator).double(), dim=-1)
     return _from_quaternions(q)
 
 

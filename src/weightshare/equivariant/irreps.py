@@ -9,7 +9,10 @@ from weightshare.errors import UserError
 def harmonics(grid: Tensor, l_max: int) -> Tensor:
     """Real spherical harmonics at the orientations in e3nn's order and axes, (N, (l_max + 1)^2),
     orthonormal over the sphere (its polar axis is y; degree 1 is x, y, z)."""
-    from e3nn.o3 import spherical_harmonics
+    try:
+        from e3nn.o3 import spherical_harmonics
+    except ImportError as error:
+        raise UserError("Irreps need e3nn; install it with: pip install e3nn.") from error
 
     degrees = list(range(l_max + 1))
     found: Tensor = spherical_harmonics(degrees, grid, normalize=True, normalization="integral")

@@ -145,7 +145,11 @@ class PonitaPoints(nn.Module):
         check_finite(positions)
         check_batch(batch, len(positions), graphs)
         points, dim = positions.shape
-        if isinstance(edges, str):
+        if self.chiral and dim != 3:
+            raise UserError(
+                f"positions have {dim} dimensions; handedness by a determinant needs 3."
+            )
+        if not isinstance(edges, Tensor):
             check_word(edges)
             alone = torch.zeros(points, dtype=torch.int64, device=positions.device)
             edges = full_edges(alone if batch is None else batch)

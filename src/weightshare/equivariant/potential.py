@@ -262,9 +262,15 @@ class PonitaPotential(nn.Module):
         return (numbers.unsqueeze(-1) == self.species).sum(-2)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, grid and options as safetensors."""
+        """Write weights, grid and options as safetensors.
+
+        Raises:
+            UserError: the network was symmetrised, which no option says.
+        """
         from safetensors.torch import save_file
 
+        if not isinstance(self.network, Ponita):
+            raise UserError("Save a potential before it is symmetrised; symmetrise what is loaded.")
         tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, str(path), {"potential": json.dumps(self.options)})
 
