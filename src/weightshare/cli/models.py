@@ -45,7 +45,8 @@ def add_adapter(source: "LanguageModel", config: "PeftConfig", seed: int) -> "Pe
             return get_peft_model(source.model, config)
     except (TypeError, ValueError) as error:
         kind = config.peft_type.value.lower()
-        raise UserError(f"{kind} does not fit {source.name}: {error}.") from error
+        said = str(error).rstrip(".")
+        raise UserError(f"{kind} does not fit {source.name}: {said}.") from error
 
 
 def with_adapter(source: "LanguageModel", folder: str | Path) -> "LanguageModel":
