@@ -1,6 +1,7 @@
 """``weightshare federate`` as a person uses it: runs, reports, refusals, kills."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -119,7 +120,8 @@ def test_a_plan_does_not_count_the_first_steps_of_a_process(capsys):
 
     here.material = replace(here.material, learner=SlowAtFirst())
     show_plan(here)
-    assert "about 0 s for 100 rounds" in capsys.readouterr().out
+    told = re.search(r"about (\d+) s for 100 rounds", capsys.readouterr().out)
+    assert told and int(told[1]) < 50  # counted, the first step alone would make it 100
 
 
 def test_observing_removes_nobody(tmp_path):

@@ -55,6 +55,8 @@ class AuditLog:
                     reputation=record.get("reputation", judged.reputation.get(name)),
                     threshold=judged.threshold,
                 )
+        for name in judged.turned:
+            self.add("turned", round=judged.round, name=name, fall=standing.falls.get(name))
         for group in judged.copies:
             self.add("copies", round=judged.round, names=list(group))
 

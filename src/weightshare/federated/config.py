@@ -47,6 +47,11 @@ class ReputationConfig:
         smoothing: share of the old reputation that is kept each round (0.95 in the paper).
         smooth_shares: mix in the cosines' shares, whose sum is one, so that the memory is exactly
             smoothing; otherwise it gets shorter as participants get more.
+        falling: share of the old reputation that is kept where a participant's share of the cosines
+            is below it, so that reputation falls faster than it rises; 0 is smoothing for both.
+        turn: sum of falls of a cosine below its own first rounds, beyond the median participant's
+            and 0.1 a round, from which a participant counts as below the threshold: a late turn, or
+            staying just above it. 0 does not look; 1 is about two rounds of a flipped sign.
         threshold: a participant below threshold divided by the number of live ones is removed
             (1/3 in the paper).
         patience: rounds a participant is assessed before it can be removed (10 in the paper).
@@ -79,6 +84,8 @@ class ReputationConfig:
     first_weights: Literal["uniform", "attested", "capped"] = "uniform"
     smoothing: float = 0.95
     smooth_shares: bool = False
+    falling: float = 0.0
+    turn: float = 0.0
     threshold: float = 1 / 3
     patience: int = 10
     probation: int = 0
@@ -103,6 +110,8 @@ class ReputationConfig:
         _check_kinds(self)
         ranges = {
             "smoothing": (0, 1),
+            "falling": (0, self.smoothing),
+            "turn": (0, None),
             "threshold": (0, 1),
             "clamp": (0, 1),
             "duplicates": (0, 1),
@@ -204,6 +213,8 @@ class FederateConfig:
             them if given).
         training: one participant after another (loop) or all at once (stacked).
         observe: say who would be removed and remove nobody.
+        turn: also remove whoever's cosines have fallen this far below its own first rounds, added
+            up; 0 does not look, 1 is about two rounds of a flipped sign.
         checkpoint_every: rounds between the server's checkpoints.
         out: the run directory.
         resume: go on with a run that was interrupted.
@@ -265,6 +276,7 @@ class FederateConfig:
     root_samples: int = 0
     training: Literal["loop", "stacked"] = "stacked"
     observe: bool = False
+    turn: float = 0.0
     checkpoint_every: int = 5
     out: str = "runs/federate"
     resume: bool = False
@@ -331,10 +343,10 @@ class FederateConfig:
                 "--training loop trains one participant after another on the CPU; leave out "
                 "--device cuda, or choose --training stacked."
             )
-        if self.observe and self.rules() is None:
+        if self.rules() is None and (self.observe or self.turn):
             raise UserError(
-                f"--observe watches reputations, which {self.strategy} has not; "
-                "leave it out or choose --strategy reputation."
+                f"--{'observe' if self.observe else 'turn'} watches reputations, which "
+                f"{self.strategy} has not; leave it out or choose --strategy reputation."
             )
 
     def rate(self) -> float:
@@ -355,7 +367,7 @@ class FederateConfig:
             "examined": ReputationConfig.examined(),
         }
         found = presets.get(self.strategy)
-        return replace(found, observe=self.observe) if found else None
+        return replace(found, observe=self.observe, turn=self.turn) if found else None
 
 
 @dataclass(frozen=True)

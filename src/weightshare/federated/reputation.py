@@ -31,6 +31,7 @@ from weightshare.errors import UserError
 from weightshare.federated.config import ReputationConfig
 from weightshare.federated.copies import copies_among
 from weightshare.federated.standing import Standing, attested, shares
+from weightshare.federated.turns import falls_after, usual_after
 from weightshare.federated.vectors import Vector, combined, products, squared_norm, weighted_sum
 
 
@@ -54,7 +55,9 @@ class Assessment:
     threshold: float
     """β of this round."""
     below: tuple[str, ...] = ()
-    """Who is below it."""
+    """Who is below it, or has turned."""
+    turned: tuple[str, ...] = ()
+    """Whose cosines fell too far below what they used to be."""
     expelled: tuple[str, ...] = ()
     would_expel: tuple[str, ...] = ()
     """Who should have been removed and was not: observing, no budget left, or no quorum."""
@@ -148,15 +151,16 @@ def smooth(
 ) -> tuple[Standing, Assessment]:
     """The part of a round that follows the cosines: reputations, removals, quotas."""
     number = standing.round + 1
-    mixed = dict(cosines)
-    if config.smooth_shares:
-        positive = {name: max(value, 0.0) for name, value in cosines.items()}
-        mixed = shares(positive) if sum(positive.values()) > 0 else dict.fromkeys(cosines, 0.0)
-    keep = config.smoothing
-    raw = {
-        name: max(keep * old + (1 - keep) * mixed[name], config.clamp) if name in mixed else old
-        for name, old in standing.reputation.items()
-    }
+    earned = _positive_shares(cosines)
+    mixed = earned if config.smooth_shares else cosines
+    raw = {}
+    for name, old in standing.reputation.items():
+        keep = config.smoothing
+        if config.falling and earned.get(name, old) < old:
+            keep = config.falling
+        raw[name] = (
+            max(keep * old + (1 - keep) * mixed[name], config.clamp) if name in mixed else old
+        )
     flag = ""
     if sum(raw.values()) > 0:
         reputation = shares(raw)
@@ -164,7 +168,11 @@ def smooth(
         reputation, flag = dict(standing.reputation), "no update agrees with the aggregate"
     threshold = config.threshold / len(reputation)
     # A round that says nothing about anybody is no reason to withhold or to remove.
-    below = [] if flag else sorted(n for n in reputation if reputation[n] < threshold)
+    usual, falls = (after(standing, cosines, config) for after in (usual_after, falls_after))
+    turned = {n for n, fall in falls.items() if n in cosines and 0 < config.turn < fall}
+    below = (
+        [] if flag else sorted(n for n in reputation if reputation[n] < threshold or n in turned)
+    )
     assessed = {**standing.assessed}
     for name in cosines:
         assessed[name] = assessed.get(name, 0) + 1
@@ -201,6 +209,8 @@ def smooth(
         misses=misses,
         inactive={**standing.inactive, **gone},
         expelled={**standing.expelled, **record},
+        usual=usual,
+        falls=falls,
     )
     withheld = set(below) if config.gate and not config.observe else set()
     if number <= config.probation:
@@ -219,10 +229,16 @@ def smooth(
         quotas=quotas,
         threshold=threshold,
         below=tuple(below),
+        turned=tuple(sorted(turned)),
         expelled=tuple(expelled),
         would_expel=tuple(spared),
         flag=flag,
     )
+
+
+def _positive_shares(cosines: Mapping[str, float]) -> dict[str, float]:
+    positive = {name: max(value, 0.0) for name, value in cosines.items()}
+    return shares(positive) if sum(positive.values()) > 0 else dict.fromkeys(cosines, 0.0)
 
 
 def trajectory(cosine: float, total: float, start: float, smoothing: float, rounds: int) -> float:

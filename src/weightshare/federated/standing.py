@@ -25,6 +25,10 @@ class Standing:
     """Participants that stopped answering, with the reputation they had."""
     expelled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Removed participants: round, reputation and threshold."""
+    usual: Mapping[str, float] = field(default_factory=dict)
+    """Mean cosine of a participant's first rounds."""
+    falls: Mapping[str, float] = field(default_factory=dict)
+    """How far cosines fell below it since, added up (:mod:`~weightshare.federated.turns`)."""
 
     @classmethod
     def begin(
@@ -89,6 +93,8 @@ def admit(standing: Standing, name: str, config: ReputationConfig) -> Standing:
         misses={**standing.misses, name: 0},
         inactive={n: r for n, r in standing.inactive.items() if n != name},
         expelled={n: e for n, e in standing.expelled.items() if n != name},
+        usual={n: m for n, m in standing.usual.items() if n != name},
+        falls={n: s for n, s in standing.falls.items() if n != name},
     )
 
 
