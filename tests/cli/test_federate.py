@@ -1,8 +1,8 @@
 """``weightshare federate`` as a person uses it: runs, reports, refusals, kills."""
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys
