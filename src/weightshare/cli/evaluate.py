@@ -28,7 +28,7 @@ def run(config: "EvaluateConfig") -> None:
 
     names = [config.model, *([config.against] if config.against else [])]
     for name in names:
-        model_path(name)  # a wrong name leaves no run behind
+        model_path(name)  # a wrong second name is told before the first model is measured
     with Run.open(config.out, config, command="evaluate", overwrite=config.overwrite) as run:
         found: list[dict[str, Any]] = []
         for name in names:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightshare.errors import UserError
+from weightshare.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -73,9 +73,8 @@ def with_adapter(source: "LanguageModel", folder: str | Path) -> "LanguageModel"
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(source.model, found[0]).eval()
     except (KeyError, RuntimeError, TypeError, UserWarning, ValueError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")[:200]
         raise UserError(
-            f"The adapter in {found[0]} does not fit {source.name} ({first}); "
+            f"The adapter in {found[0]} does not fit {source.name} ({first_line(error)}); "
             "give the model it was made for."
         ) from error
     return replace(source, model=model)

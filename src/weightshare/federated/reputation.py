@@ -168,7 +168,7 @@ def smooth(
         reputation, flag = dict(standing.reputation), "no update agrees with the aggregate"
     threshold = config.threshold / len(reputation)
     # A round that says nothing about anybody is no reason to withhold or to remove.
-    usual, falls = (after(standing, cosines, config) for after in (usual_after, falls_after))
+    falls = falls_after(standing, cosines, config)
     turned = {n for n, fall in falls.items() if n in cosines and 0 < config.turn < fall}
     below = (
         [] if flag else sorted(n for n in reputation if reputation[n] < threshold or n in turned)
@@ -209,7 +209,7 @@ def smooth(
         misses=misses,
         inactive={**standing.inactive, **gone},
         expelled={**standing.expelled, **record},
-        usual=usual,
+        usual=usual_after(standing, cosines, config),
         falls=falls,
     )
     withheld = set(below) if config.gate and not config.observe else set()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from weightshare.errors import UserError
+from weightshare.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -181,7 +181,7 @@ def _load_folder(name: str, path: Path, trust_remote_code: bool) -> LanguageMode
         config = AutoConfig.from_pretrained(path, **options)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"transformers cannot read the config.json of {path} ({_first_line(error)}); "
+            f"transformers cannot read the config.json of {path} ({first_line(error)}); "
             "give a model of an architecture that this version of transformers knows."
         ) from error
     _check_causal(path, config)
@@ -196,7 +196,7 @@ def _load_folder(name: str, path: Path, trust_remote_code: bool) -> LanguageMode
         )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise UserError(
-            f"The weights in {path} cannot be loaded ({_first_line(error)}); "
+            f"The weights in {path} cannot be loaded ({first_line(error)}); "
             "get the folder again from where it came from."
         ) from error
     # A tensor that is not in the file would be left at random: no figure taken from such a model
@@ -232,7 +232,7 @@ def _load_gguf(name: str, path: Path) -> LanguageModel:
         license_ = _gguf_license(path)
     except Exception as error:  # what a damaged file raises depends on the byte that is wrong
         raise UserError(
-            f"The GGUF file {path} cannot be read ({_first_line(error)}); it may be damaged, "
+            f"The GGUF file {path} cannot be read ({first_line(error)}); it may be damaged, "
             "or of an architecture that transformers does not read from GGUF."
         ) from error
     # The model as read still calls itself quantised: it refuses to be cast and to be saved.
@@ -260,7 +260,7 @@ def _tokenizer(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, **options)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(
-            f"The tokenizer in {path} cannot be read ({_first_line(error)}); "
+            f"The tokenizer in {path} cannot be read ({first_line(error)}); "
             "save it again with tokenizer.save_pretrained(folder)."
         ) from error
 
@@ -301,7 +301,7 @@ def _check_weights(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"The weight file {file} is damaged or truncated ({_first_line(error)}); "
+                f"The weight file {file} is damaged or truncated ({first_line(error)}); "
                 "get it again."
             ) from error
 
@@ -351,7 +351,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device is {str(device)!r}, which this machine cannot use ({_first_line(error)}); "
+            f"device is {str(device)!r}, which this machine cannot use ({first_line(error)}); "
             "use cpu."
         ) from error
     return chosen
@@ -380,11 +380,6 @@ def _gguf_license(path: Path) -> str | None:
 
     field = GGUFReader(path).get_field("general.license")
     return None if field is None else str(field.contents())
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:200]
 
 
 @contextmanager

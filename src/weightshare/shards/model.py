@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +25,7 @@ from weightshare.shards.indices import SplitMix64
 from weightshare.shards.layer import BASE, MosLayer, MosLinear, Place, compute_dtype
 from weightshare.shards.mos_config import MosConfig
 from weightshare.shards.planning import Loan, Plan, Target, by_pattern, plan_pools
+from weightshare.shards.rows import copies, named_rows
 from weightshare.shards.store import PoolStore
 
 
@@ -380,40 +379,11 @@ class MosModel(BaseTuner):
         unknown = sorted({n for n in names if n != BASE and n not in self.mos_pools})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        copies = _copies(self.model, kwargs)
-        kinds = (MosLayer, AuxiliaryTrainingWrapper)
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_names, names=list(names), copies=copies), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, kinds)
-        ]
-        try:
-            with self._gathered(dict.fromkeys(n for n in names if n != BASE)):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _copies(model: nn.Module, options: dict[str, Any]) -> int:
-    """How many rows ``generate`` makes of each row of the batch: beams, or returned sequences."""
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
-    found = (
-        options.get(name) or getattr(config, name, None) or 1
-        for name in ("num_beams", "num_return_sequences")
-    )
-    return max(found)
-
-
-def _pass_names(
-    module: nn.Module, args: Any, kwargs: Any, names: list[str], copies: int
-) -> tuple[Any, Any]:
-    # The encoder of an encoder-decoder sees each row once, whatever the number of copies.
-    if args and len(args[0]) == copies * len(names):
-        names = [name for name in names for _ in range(copies)]
-    return args, kwargs | {"adapter_names": names}
+        with (
+            named_rows(self, list(names), copies(self.model, kwargs)),
+            self._gathered(dict.fromkeys(n for n in names if n != BASE)),
+        ):
+            yield
 
 
 def _make_pools(plan: Plan, config: MosConfig, device: Any, dtype: torch.dtype) -> nn.ParameterDict:
